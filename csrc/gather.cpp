@@ -1,0 +1,74 @@
+#include "gather.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "widen.h"
+
+namespace mypt::data {
+namespace {
+
+constexpr std::uint64_t kCacheLine = 64;
+
+// DRAM latency hides behind the copy of earlier rows. A page that is not resident is left alone:
+// a prefetch never faults.
+void prefetch(const Corpus& corpus, std::uint64_t start, std::uint64_t count) {
+  const Span span = corpus.span(corpus.shard_of(start), start, count);
+  const std::uint64_t bytes = span.n_tokens * static_cast<std::uint64_t>(span.width);
+  for (std::uint64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(span.tokens + at);
+}
+
+template <class Token>
+std::uint32_t copy_span(const Token* tokens, std::size_t n, std::size_t done, const Batch& batch,
+                        std::size_t row, const Widen<Token>& widen) {
+  std::int64_t* x = batch.x + row * batch.seq_len;
+  std::int64_t* y = batch.y + row * batch.seq_len;
+  if (n == batch.seq_len + 1) return widen.pair(tokens, batch.seq_len, x, y);
+  // A piece of a window that crosses shards: tokens [done, done + n) of its T + 1.
+  std::uint32_t largest = widen.one(tokens, std::min(n, batch.seq_len - done), x + done);
+  const std::size_t skip = done == 0;  // the first token of a window is no target
+  return std::max(largest, widen.one(tokens + skip, n - skip, y + done + skip - 1));
+}
+
+std::uint32_t copy_row(const Corpus& corpus, std::uint64_t start, const Batch& batch,
+                       std::size_t row, const Kernels& kernels) {
+  std::uint32_t largest = 0;
+  std::size_t shard = corpus.shard_of(start);
+  for (std::size_t done = 0, total = batch.seq_len + 1; done < total; ++shard) {
+    const Span span = corpus.span(shard, start + done, total - done);
+    const auto n = static_cast<std::size_t>(span.n_tokens);
+    if (n == 0) continue;  // an empty shard between two others
+    const std::uint32_t seen =
+        span.width == 2
+            ? copy_span(reinterpret_cast<const std::uint16_t*>(span.tokens), n, done, batch, row,
+                        kernels.u16)
+            : copy_span(reinterpret_cast<const std::uint32_t*>(span.tokens), n, done, batch, row,
+                        kernels.u32);
+    largest = std::max(largest, seen);
+    done += n;
+  }
+  return largest;
+}
+
+}  // namespace
+
+std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::size_t upcoming,
+                     const Batch& batch, Kernel kernel) {
+  const std::size_t known = batch.rows + upcoming;
+  for (std::size_t i = 0; i < known; ++i) {
+    if (!corpus.contains(starts[i], std::uint64_t{batch.seq_len} + 1)) {
+      throw std::out_of_range("window at token " + std::to_string(starts[i]) + " of length " +
+                              std::to_string(batch.seq_len) + " + 1 leaves the corpus of " +
+                              std::to_string(corpus.n_tokens()));
+    }
+  }
+  const Kernels& kernels = kernels_for(kernel);
+  std::uint32_t largest = 0;
+  for (std::size_t row = 0; row < batch.rows; ++row) {
+    if (row + upcoming < known) prefetch(corpus, starts[row + upcoming], batch.seq_len + 1);
+    largest = std::max(largest, copy_row(corpus, starts[row], batch, row, kernels));
+  }
+  return largest;
+}
+
+}  // namespace mypt::data

@@ -1,0 +1,34 @@
+// Copy windows of tokens into int64 inputs and targets.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "corpus.h"
+
+namespace mypt::data {
+
+enum class Kernel { kScalar, kAvx2, kAvx512 };
+
+Kernel best_kernel() noexcept;
+std::vector<Kernel> available_kernels();
+const char* kernel_name(Kernel kernel) noexcept;
+Kernel kernel_from_name(const std::string& name);  // "auto" is the best; throws when unavailable
+
+// Where `rows` windows go: x and y are row-major, seq_len int64 each, and do not overlap.
+struct Batch {
+  std::int64_t* x;
+  std::int64_t* y;
+  std::size_t rows;
+  std::size_t seq_len;
+};
+
+// Fill x with tokens [s, s + T) and y with [s + 1, s + T + 1) for each start s, and return the
+// largest id seen. `starts` holds batch.rows + upcoming values: the last ones are where the next
+// call will read, and are only prefetched. Throws std::out_of_range before writing anything.
+std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::size_t upcoming,
+                     const Batch& batch, Kernel kernel);
+
+}  // namespace mypt::data

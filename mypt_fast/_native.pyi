@@ -1,0 +1,49 @@
+"""The C++ data loader; `mypt_fast.data.reader` and `.order` say what it computes."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np  # noqa: TID253 - a stub imports nothing
+from numpy.typing import NDArray  # noqa: TID253
+
+ALGORITHM: str
+
+def best_kernel() -> str: ...
+def available_kernels() -> list[str]: ...
+def gather(
+    corpus: Corpus,
+    starts: Sequence[int] | NDArray[np.int64],
+    x: NDArray[np.int64],
+    y: NDArray[np.int64],
+    kernel: str = "auto",
+) -> int: ...
+
+@final
+class Corpus:
+    @staticmethod
+    def open(shards: Sequence[tuple[str, int, int, int]]) -> Corpus: ...
+    @staticmethod
+    def wrap(tokens: NDArray[np.unsignedinteger[Any]]) -> Corpus: ...
+    @property
+    def n_tokens(self) -> int: ...
+
+@final
+class Permutation:
+    def __init__(self, n: int, seed: int, epoch: int) -> None: ...
+    @property
+    def n(self) -> int: ...
+    def at(self, index: int) -> int: ...
+
+@final
+class SampleOrder:
+    def __init__(self, n_tokens: int, seq_len: int, seed: int, kind: str = "epoch") -> None: ...
+    @property
+    def n_windows(self) -> int: ...
+    def starts(self, first_sample: int, count: int) -> NDArray[np.int64]: ...
+
+@final
+class BatchReader:
+    def __init__(self, corpus: Corpus, order: SampleOrder, kernel: str = "auto") -> None: ...
+    def read(
+        self, first_sample: int, x: NDArray[np.int64], y: NDArray[np.int64], next_sample: int
+    ) -> int: ...

@@ -1,0 +1,127 @@
+"""Arithmetic on a config: exact parameter counts, FLOPs per token, bytes of state. No torch."""
+
+import math
+from dataclasses import dataclass
+
+from mypt_fast.config import ModelConfig
+
+
+def swiglu_hidden(n_embd: int) -> int:
+    """Width of the SwiGLU hidden layer: two thirds of 4C, rounded up to a multiple of 64."""
+    return math.ceil(int(8 * n_embd / 3) / 64) * 64
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a GPT by part."""
+
+    token_embedding: int
+    position_embedding: int
+    attention: int
+    mlp: int
+    norms: int
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        """All trainable parameters, a tied matrix counted once."""
+        parts = (self.token_embedding, self.position_embedding, self.attention)
+        return sum(parts) + self.mlp + self.norms + self.lm_head
+
+
+def count_parameters(cfg: ModelConfig) -> ParameterCount:
+    """Count the parameters of every architecture option exactly.
+
+    Follows the layout of the weights: norms have a bias only as LayerNorm, the GELU MLP and the
+    output layer always have biases, SwiGLU never (MyPT specification 2.1, 2.7).
+    """
+    V, C, L = cfg.vocab_size, cfg.n_embd, cfg.n_layer
+    per_norm = C if cfg.norm_type == "rmsnorm" else 2 * C
+    mlp = 3 * C * swiglu_hidden(C) if cfg.mlp_type == "swiglu" else 8 * C * C + 5 * C
+    return ParameterCount(
+        token_embedding=V * C,
+        position_embedding=cfg.block_size * C if cfg.pos_encoding == "learned" else 0,
+        attention=L * (4 * C * C + (4 * C if cfg.bias else 0)),
+        mlp=L * mlp,
+        norms=(2 * L + 1) * per_norm,
+        lm_head=V + (0 if cfg.tie_weights else V * C),
+    )
+
+
+def flops_per_token(cfg: ModelConfig) -> float:
+    """Model FLOPs to train on one token: forward and backward, nothing recomputed.
+
+    6 per weight of every matmul (the output layer included, embedding look-ups not) plus
+    6 L C T for causal attention: its two T x T products over half the square
+    (PaLM appendix B, arXiv 2204.02311, halved for the causal mask).
+    """
+    n = count_parameters(cfg)
+    matmul = n.attention + n.mlp + cfg.vocab_size * cfg.n_embd
+    return 6.0 * matmul + 6.0 * cfg.n_layer * cfg.n_embd * cfg.block_size
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that stay for the whole run."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.moments
+
+
+def state_bytes(cfg: ModelConfig) -> StateBytes:
+    """Bytes of fp32 weights, fp32 gradients and the two fp32 AdamW moments."""
+    n = count_parameters(cfg).total
+    return StateBytes(weights=4 * n, gradients=4 * n, moments=8 * n)
+
+
+def activation_bytes(
+    cfg: ModelConfig, *, element_bytes: int = 4, attention_matrix: bool = True
+) -> int:
+    """Estimate the bytes kept for the backward pass per sequence of `block_size` tokens.
+
+    Args:
+        cfg: the architecture; `use_checkpoint` keeps one residual per block plus one block's worth.
+        element_bytes: bytes of an activation (4 in fp32, 2 under bf16 or fp16 autocast).
+        attention_matrix: whether the attention probabilities are materialised, as PyTorch does
+            on a CPU when attention dropout is on: probabilities, mask and dropped copy.
+    """
+    T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
+    hidden = 4 * C if cfg.mlp_type == "gelu" else swiglu_hidden(C)
+    # residual, norm, qkv, attention out and its copy, projection, residual, norm, projection: 12 C
+    per_token = 12 * C + (2 if cfg.mlp_type == "gelu" else 4) * hidden
+    if cfg.pos_encoding == "rope":
+        per_token += 4 * C
+    if cfg.norm_type == "rmsnorm":
+        per_token += 4 * C
+    block = T * per_token * element_bytes
+    if attention_matrix and cfg.dropout > 0:
+        block += cfg.n_head * T * T * (2 * element_bytes + 1)
+    kept = (L * T * C * element_bytes + block) if cfg.use_checkpoint else L * block
+    return kept + 4 * T * C * 4
+
+
+# The chunked loss holds the fp32 logits of one chunk of rows and their gradient.
+HEAD_CHUNK_BYTES = 192 << 20
+
+
+def fits(cfg: ModelConfig, micro_batch: int, free_bytes: int, **activation: bool | int) -> bool:
+    """Whether training at `micro_batch` sequences is estimated to fit `free_bytes`."""
+    per_sequence = activation_bytes(cfg, **activation)  # type: ignore[arg-type]
+    needed = state_bytes(cfg).total + micro_batch * per_sequence + HEAD_CHUNK_BYTES
+    return needed <= free_bytes
+
+
+def micro_batch_that_fits(
+    cfg: ModelConfig, free_bytes: int, **activation: bool | int
+) -> int | None:
+    """Largest divisor of `batch_size` that is estimated to fit, or None when not even one does."""
+    for rows in range(cfg.batch_size, 0, -1):
+        if cfg.batch_size % rows == 0 and fits(cfg, rows, free_bytes, **activation):
+            return rows
+    return None

@@ -1,0 +1,137 @@
+"""The command line: one table of commands, one spelling rule, one place for exit codes.
+
+Only the command named in argv is imported; torch and numpy are imported inside `run`.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from mypt_fast import __version__
+from mypt_fast.errors import MyptError
+
+COMMANDS = {
+    "train": "train a model, or continue a run",
+    "generate": "write text with a trained model",
+    "inspect": "show what a run directory holds",
+    "configs": "list, show and check model presets",
+    "params": "count parameters and bytes of an architecture",
+    "prepare": "turn text into a dataset of token shards",
+    "plot": "draw loss curves from training logs",
+}
+ALIASES = {"--config": "--config_file"}
+EPILOG = """\
+start here:
+  mypt-fast prepare book.txt --out_dir data/book    text to tokens
+  mypt-fast train --config tiny --dataset_dir data/book --model_name book
+  mypt-fast generate --model_name book --prompt "Once upon"
+
+`mypt-fast COMMAND --help` explains a command. Names take - or _ alike.
+exit codes: 0 done, 1 a defect of ours, 2 usage or input, 3 corrupt data, 130 interrupted
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        raise MyptError(message, cure=f"see `{self.prog} --help`")
+
+    def parse_or_suggest(self, argv: list[str]) -> argparse.Namespace:
+        """Parse, and turn an unknown flag into an error with a suggestion."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [s for a in self._actions for s in a.option_strings]
+            word = next((w for w in unknown if w.startswith("-")), unknown[0])
+            near = difflib.get_close_matches(word.split("=")[0], flags, 1)
+            cure = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
+            raise MyptError(f"unknown argument {word}", cure=cure)
+        return args
+
+
+def spell(argv: list[str]) -> list[str]:
+    """Write flag names one way: dashes become underscores, aliases their flag.
+
+    Only the name part before `=` of a `--word` changes, and nothing after a bare `--`.
+    """
+    out = []
+    for i, word in enumerate(argv):
+        if word == "--":
+            return out + argv[i:]
+        if word.startswith("--"):
+            name, eq, value = word.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            word = ALIASES.get(name, name) + eq + value
+        out.append(word)
+    return out
+
+
+def _front() -> Parser:
+    rows = "\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items())
+    parser = Parser(
+        prog="mypt-fast",
+        usage="mypt-fast COMMAND [options]",
+        description=f"Train GPTs on the hardware you have.\n\ncommands:\n{rows}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mypt-fast {__version__}")
+    return parser
+
+
+def _dispatch(argv: list[str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name.startswith("-"):
+        _front().parse_or_suggest(spell(argv) or ["--help"])
+        raise MyptError("no command given", cure="see `mypt-fast --help`")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        cure = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
+        raise MyptError(f"unknown command '{name}'", cure=cure)
+    module = importlib.import_module(f"mypt_fast.cli.cmd_{name}")
+    parser = Parser(
+        prog=f"mypt-fast {name}",
+        description=getattr(module, "DESCRIPTION", module.HELP),
+        epilog=getattr(module, "EXAMPLES", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS if getattr(module, "SUPPRESS", False) else None,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", default=False, help="show tracebacks")
+    module.add_flags(parser)
+    return int(module.run(parser.parse_or_suggest(spell(rest))))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except MyptError as e:
+        return _fail(str(e), e.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, debug)
+    except BrokenPipeError:  # `mypt-fast ... | head` closed the pipe: not an error of anyone's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:  # full disk, permission: the environment's, with its own words
+        return _fail(f"{e.filename or 'input/output'}: {e.strerror or e}", 2, debug)
+    except Exception as e:
+        text = f"internal error: {type(e).__name__}: {e}; this is a defect of mypt-fast"
+        return _fail(text.replace("\n", " ") + "; rerun with --debug and report it", 1, debug)
+
+
+def _fail(text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {text}", file=sys.stderr)
+    return code

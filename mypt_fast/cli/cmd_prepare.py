@@ -1,0 +1,197 @@
+"""`mypt-fast prepare`: text to token shards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mypt_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from mypt_fast.data.prepare import Progress
+
+HELP = "turn text into a dataset of token shards"
+DESCRIPTION = """\
+Turn text files, directories, patterns, JSONL or standard input (-) into a dataset of token
+shards: <out_dir>/train, <out_dir>/val, tokenizer_state.json and dataset_metadata.json. Text is
+kept as it is, byte for byte, unless --mypt_clean asks for MyPT's line pipeline. A file or a JSONL
+row is a document; whole documents go to validation by a hash of their beginning, and where that
+gives too few tokens, the end of the text does. The dataset appears complete or not at all.
+"""
+EXAMPLES = """\
+examples:
+  mypt-fast prepare notes/ book.txt --out_dir data/mine
+  mypt-fast prepare 'web/*.jsonl.gz' --text_field content --out_dir data/web
+  zcat dump.gz | mypt-fast prepare - --tokenization char --out_dir data/dump
+  mypt-fast prepare --demo --out_dir data/demo      (Python's own standard library)
+
+then train on it:
+  mypt-fast train --config configs/150M_1024.json --dataset_dir data/mine
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags; defaults are those of `PrepareOptions`."""
+    _add_input_flags(parser)
+    _add_token_flags(parser)
+    _add_clean_flags(parser)
+    run_flags = parser.add_argument_group("running")
+    run_flags.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset made from other inputs"
+    )
+    run_flags.add_argument(
+        "--workers", type=int, metavar="N", help="encoding threads (default: one per CPU core)"
+    )
+    run_flags.add_argument(
+        "--json", action="store_true", help="print the metadata as JSON instead of the summary"
+    )
+
+
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="text files of any name, .jsonl, .gz, directories (searched for text and source "
+        "code), quoted patterns, or - for standard input",
+    )
+    group.add_argument(
+        "--input_files", nargs="+", default=[], metavar="INPUT", help="the same, as a flag"
+    )
+    group.add_argument(
+        "--demo", action="store_true", help="use this Python's standard library as the text"
+    )
+    group.add_argument("--out_dir", metavar="DIR", help="where the dataset goes (required)")
+    group.add_argument(
+        "--text_field", default="text", metavar="KEY", help="JSONL key that holds the text (text)"
+    )
+
+
+def _add_token_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tokens")
+    group.add_argument(
+        "--tokenization",
+        default="gpt2",
+        choices=("gpt2", "char", "bpe"),
+        help="gpt2: GPT-2's 50,257 tokens (default); char: one per character, for small models; "
+        "bpe: train a vocabulary on this text",
+    )
+    group.add_argument(
+        "--vocab_size", type=int, default=8192, metavar="N", help="tokens of a new bpe (8192)"
+    )
+    group.add_argument(
+        "--no_eot", action="store_true", help="do not end each document with <|endoftext|>"
+    )
+    group.add_argument(
+        "--tokens_per_shard", type=int, default=10_000_000, metavar="N", help="(10000000)"
+    )
+    group.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of the text held back for validation (0.1); the demo's is fixed",
+    )
+
+
+def _add_clean_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cleaning (off unless --mypt_clean)")
+    for flag, text in (
+        ("--mypt_clean", "MyPT's pipeline by lines: lower-case, drop short lines, drop repeats"),
+        ("--no_normalize", "with --mypt_clean: keep case and inner white space"),
+        ("--no_filter", "with --mypt_clean: keep lines of any length"),
+        ("--no_dedup", "with --mypt_clean: keep repeated lines"),
+    ):
+        group.add_argument(flag, action="store_true", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the dataset and print what came out."""
+    inputs = (*args.inputs, *args.input_files)
+    if not args.out_dir:
+        raise DataError("--out_dir", "is not given", "name a directory for the dataset")
+    if not inputs and not args.demo:
+        raise DataError("no input", cure="name files or directories, - for stdin, or --demo")
+    switches = [name for name in ("no_normalize", "no_filter", "no_dedup") if getattr(args, name)]
+    if switches and not args.mypt_clean:
+        # MyPT's own command cleans by default; its habitual flags mean "leave my text alone".
+        names = ", ".join(f"--{name}" for name in switches)
+        print(f"note: {names} without --mypt_clean: nothing is cleaned anyway", file=sys.stderr)
+
+    from dataclasses import fields
+
+    from mypt_fast.data.prepare import PrepareOptions, prepare
+
+    given = {f.name: getattr(args, f.name) for f in fields(PrepareOptions) if f.name in args}
+    given["input_files"] = inputs
+    with _progress() as progress:
+        metadata = prepare(PrepareOptions(**given), progress)
+    print(json.dumps(metadata, indent=2) if args.json else _summary(metadata, args.out_dir))
+    return 0
+
+
+def _summary(metadata: dict[str, Any], out_dir: str) -> str:
+    lines = [
+        f"dataset     {out_dir}",
+        f"tokens      {metadata['total_tokens']:,} ({metadata['tokenization']}, "
+        f"vocab_size {metadata['vocab_size']})",
+    ]
+    lines += [
+        f"{split:<12}{metadata[f'num_{split}_tokens']:,} tokens, "
+        f"{metadata[f'num_{split}_documents']:,} documents, "
+        f"{metadata[f'{split}_shards']:,} shards"
+        for split in ("train", "val")
+    ]
+    lines.append(f"split       {metadata['split_rule']}")
+    for key, text in (
+        ("skipped_empty_documents", "empty documents left out"),
+        ("skipped_undecodable_files", "files that are not UTF-8 left out"),
+    ):
+        if metadata[key]:
+            lines.append(f"note        {metadata[key]:,} {text}")
+    lines.append(f"next        mypt-fast train --config CONFIG --dataset_dir {out_dir}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Yield a progress callback: a bar on a terminal, one line per phase elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain()
+        return
+    from tqdm import tqdm
+
+    bar: Any = None
+    phase_shown = ""
+
+    def advance(phase: str, done: int, total: int) -> None:
+        nonlocal bar, phase_shown
+        if phase != phase_shown:
+            if bar is not None:
+                bar.close()
+            phase_shown = phase
+            bar = tqdm(total=total or None, desc=phase, unit="B", unit_scale=True, file=sys.stderr)
+        bar.update(done - bar.n)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _plain() -> Callable[[str, int, int], None]:
+    shown: set[str] = set()
+
+    def advance(phase: str, done: int, total: int) -> None:
+        if phase not in shown:
+            shown.add(phase)
+            size = f" {total / 1e6:.1f} MB" if total else ""
+            print(f"{phase}{size}", file=sys.stderr, flush=True)
+
+    return advance

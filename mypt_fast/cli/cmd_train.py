@@ -1,0 +1,87 @@
+"""`mypt-fast train`: settle the settings, open the run, train."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mypt_fast import console, settings
+from mypt_fast.cli import flags
+from mypt_fast.config import ModelConfig, TrainConfig
+
+HELP = "train a model, or continue a run"
+DESCRIPTION = """\
+Train a GPT. A run that exists is continued: everything not given comes from it, its data too.
+Without data, a new run trains on the Python standard library's own sources."""
+EXAMPLES = """\
+examples:
+  mypt-fast train --config tiny_char --input_file book.txt --tokenization char --model_name book
+  mypt-fast train --config 150M_1024 --dataset_dir data/books --model_name books --max_iters 20000
+  mypt-fast train --model_name books --max_iters 40000          continue with the same settings
+  mypt-fast train --config 500M_1024 --dry_run                  check everything, train nothing
+
+Ctrl-C saves and stops; the resumed run equals one that was never stopped."""
+SUPPRESS = True
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the run's own flags, then one per setting."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--model_name", metavar="NAME", help="run directory under checkpoints/ (default: the preset's name)")  # fmt: skip
+    run.add_argument("--config_file", metavar="FILE", help="preset: a JSON file, or the name of a shipped one; also --config")  # fmt: skip
+    run.add_argument("--dry_run", action="store_true", help="check everything, open the data, print the plan and stop")  # fmt: skip
+    run.add_argument("--strict", action="store_true", help="an ignored flag is an error, not a warning")  # fmt: skip
+    flags.add_section(parser, settings.DataConfig, "data")
+    flags.add_section(parser, TrainConfig, "training")
+    flags.add_section(parser, ModelConfig, "model: run settings", role="run")
+    flags.add_section(
+        parser, ModelConfig, "model: architecture (fixed by a preset or a saved run)", role="arch"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    given: dict[str, Any] = {}
+    for section in (ModelConfig, TrainConfig, settings.DataConfig):
+        given |= flags.given(args, section)
+    resolved = settings.resolve(
+        given,
+        model_name=getattr(args, "model_name", None),
+        config_file=getattr(args, "config_file", None),
+        strict=getattr(args, "strict", False),
+    )
+    for notice in resolved.notices:
+        console.notice(f"note: {notice}")
+    if resolved.train.terminal_log_file:
+        console.tee(Path(resolved.train.terminal_log_file))
+    return _train(resolved, dry_run=getattr(args, "dry_run", False))
+
+
+def _train(resolved: settings.Settings, dry_run: bool) -> int:
+    # imported here: a wrong setting is reported before torch is loaded
+    from mypt_fast.training.run import open_run, plan_lines
+    from mypt_fast.training.trainer import Trainer, use_compile
+
+    opened = open_run(resolved, _progress_bar if sys.stderr.isatty() else None)
+    for notice in opened.notices:
+        console.notice(f"note: {notice}")
+    start = int(resolved.saved_state.get("step") or 0)
+    compiled = use_compile(resolved.train, opened.device)
+    for line in plan_lines(opened, start, compiled):
+        console.say(line)
+    if dry_run or resolved.train.max_iters == 0:
+        console.say("dry run: settings and data are good; nothing was trained")
+        opened.close()
+        return 0
+    live = console.Live(resolved.train.max_iters, start)
+    try:
+        return Trainer(opened, live).train()
+    finally:
+        live.close()
+        opened.close()
+
+
+def _progress_bar(*args: Any, **kwargs: Any) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(*args, **kwargs)

@@ -1,0 +1,356 @@
+"""Every setting of a run: names, types, ranges and help in one place.
+
+A field's name is its JSON key and its flag. The JSON of a preset is one flat object; the sections
+below say who owns a key, and `curriculum`, `gold_selection` and `token_accuracy_saturation` nest.
+Standard library only: a wrong key is reported before torch is imported.
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mypt_fast.errors import ConfigError
+
+T = TypeVar("T")
+DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    lo: float | None = None,
+    hi: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    role: str = "run",
+    flag: bool = True,
+) -> Any:
+    """Declare a setting: default, help, inclusive (`lo`, `hi`) or open (`above`, `below`) range."""
+    metadata = {
+        "help": help, "lo": lo, "hi": hi, "above": above, "below": below,
+        "choices": choices, "role": role, "flag": flag,
+    }  # fmt: skip
+    if isinstance(default, (dict, list)):
+        raise TypeError("mutable default")
+    return field(default=default, metadata=metadata)
+
+
+def arch(default: Any, help: str, **limits: Any) -> Any:
+    """Declare a setting that fixes the shape or meaning of the weights."""
+    return opt(default, help, role="arch", **limits)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """MyPT's GPTConfig: the fields of `config.json`, in its key order (MyPT specification 1.2)."""
+
+    batch_size: int = opt(32, "sequences per micro-step before accumulation", lo=1, hi=1 << 20)
+    block_size: int = arch(256, "context length in tokens", lo=1, hi=1 << 20)
+    vocab_size: int = arch(50304, "rows of the embedding; set by the tokenizer for char", lo=1, hi=1 << 24)  # fmt: skip
+    n_embd: int = arch(384, "width of the residual stream", lo=1, hi=1 << 16)
+    n_head: int = arch(6, "attention heads; must divide n_embd", lo=1, hi=4096)
+    n_layer: int = arch(6, "transformer blocks", lo=1, hi=1024)
+    dropout: float = opt(0.2, "probability of dropping an activation in training", lo=0.0, below=1.0)  # fmt: skip
+    bias: bool = arch(False, "biases in the attention projections")
+    use_checkpoint: bool = opt(False, "recompute each block's activations in the backward pass")
+    device: str | None = opt(None, "cpu, cuda or cuda:N; default: the GPU where there is one")
+    use_loss_mask: bool = opt(False, "weigh the loss by the dataset's masks")
+    tie_weights: bool = arch(False, "share the embedding and the output matrix")
+    save_dtype: str | None = opt(None, "dtype of the weights in saved bundles", choices=DTYPE_NAMES)
+    pos_encoding: str = arch("learned", "position encoding", choices=("learned", "rope"))
+    mlp_type: str = arch("gelu", "feed-forward kind", choices=("gelu", "swiglu"))
+    norm_type: str = arch("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
+    rope_theta: float = arch(10000.0, "base of the rotary frequencies", above=0.0)
+    rope_scale: float = arch(1.0, "positions are divided by this before rotation", above=0.0)
+    segment_position_reset: bool = opt(True, "restart positions at each packed segment")
+    neftune_alpha: float = opt(0.0, "scale of the noise on embeddings in training; 0 is off", lo=0.0)  # fmt: skip
+    batch_sampling_mode: str = opt("epoch", "order of episodes", choices=("epoch", "random"))
+    pad_token_id: int | None = opt(None, "padding id of episode datasets", lo=0)
+    episode_min_tokens: int = opt(2, "shorter episodes are skipped", lo=1)
+    epoch_seed: int = opt(1337, "seed of the episode order", lo=0)
+    epoch_shuffle: bool = opt(True, "shuffle the episodes of each epoch")
+    epoch_drop_last: bool = opt(True, "kept for MyPT; reads as a no-op there too")
+
+    def check(self, where: str = "config") -> None:
+        """Check what single ranges cannot; raises ConfigError."""
+        if self.n_embd % self.n_head:
+            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            best = min(near, key=lambda h: abs(h - self.n_head))
+            raise ConfigError(
+                f"{where}: n_embd must be divisible by n_head",
+                f"found n_embd={self.n_embd}, n_head={self.n_head}",
+                f"the nearest n_head that divides is {best}",
+            )
+        if self.pos_encoding == "rope" and (self.n_embd // self.n_head) % 2:
+            raise ConfigError(
+                f"{where}: pos_encoding=rope rotates pairs, so n_embd/n_head must be even",
+                f"found {self.n_embd}/{self.n_head} = {self.n_embd // self.n_head}",
+                "change n_head or n_embd, or use pos_encoding=learned",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields in MyPT's order."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(kw_only=True)
+class CurriculumPhase:
+    """One dataset for a span of steps."""
+
+    name: str = opt("", "name shown in the log")
+    dataset_dir: str = opt("", "dataset of the phase")
+    until_iter: int | None = opt(None, "first step that no longer belongs to it; null: the rest", lo=1)  # fmt: skip
+    description: str | None = opt(None, "for people")
+
+
+@dataclass(kw_only=True)
+class Curriculum:
+    """Phases in order; the last may be open-ended."""
+
+    phases: tuple[CurriculumPhase, ...] = opt((), "the phases, in order")
+    description: str | None = opt(None, "for people")
+
+
+@dataclass(kw_only=True)
+class GoldGuards:
+    """What may keep a new validation minimum from becoming the gold checkpoint."""
+
+    overfit_ratio: float = opt(5.0, "largest val/train loss ratio", above=0.0)
+    consecutive_rises: int = opt(2, "rises of the val loss in a row before a dip is distrusted", lo=1)  # fmt: skip
+    eval_regression: float = opt(0.20, "largest relative rise of any eval set", above=0.0)
+
+
+@dataclass(kw_only=True)
+class ExternalGate:
+    """A script of the user's that judges a checkpoint; runs only where it is allowed to."""
+
+    enabled: bool = opt(False, "ask the script")
+    script: str | None = opt(None, "path of the script")
+    args: tuple[str, ...] = opt((), "its arguments")
+    timeout_s: float = opt(1200, "seconds it may take", above=0)
+    run_interval_evals: int = opt(1, "every how many evaluations", lo=1)
+    run_on_final_eval: bool = opt(True, "also at the end")
+    metric_path: str | None = opt(None, "dotted path of the metric in its JSON")
+    metric_goal: str = opt("max", "better is larger or smaller", choices=("max", "min"))
+    pass_path: str = opt("gate_passed", "dotted path of its verdict")
+    require_pass: bool = opt(False, "no gold without a pass")
+    strict: bool = opt(False, "no gold when the script fails")
+
+
+@dataclass(kw_only=True)
+class GoldSelection:
+    """How the best checkpoint of a run is chosen."""
+
+    strategy: str = opt("val_loss", "rule", choices=("val_loss", "hybrid", "external_gate"))
+    apply_loss_guards: bool = opt(True, "apply the three guards")
+    guards: GoldGuards = field(default_factory=GoldGuards)
+    external_gate: ExternalGate = field(default_factory=ExternalGate)
+
+
+@dataclass(kw_only=True)
+class Saturation:
+    """When masked token accuracy has stopped improving (MyPT specification 4.5)."""
+
+    enabled: bool | None = opt(None, "null: follow use_loss_mask")
+    window: int = opt(4, "evaluations looked at", lo=2)
+    min_steps_before_check: int = opt(200, "steps before the first check", lo=0)
+    min_delta: float = opt(0.002, "smallest gain that counts", lo=0)
+    gap_growth_threshold: float = opt(0.01, "train/val gap growth that counts", lo=0)
+    action: str = opt("log", "what to do", choices=("log",))
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings of the training run. Any of them may change when a run is resumed."""
+
+    learning_rate: float = opt(3e-4, "peak learning rate", above=0.0, hi=10.0)
+    max_iters: int = opt(1000, "optimizer steps in all", lo=0)
+    warmup_iters: float = opt(0, "steps of linear warmup; between 0 and 1: a share of max_iters", lo=0)  # fmt: skip
+    schedule: str = opt("cosine", "learning rate after warmup", choices=("cosine", "constant", "wsd"))  # fmt: skip
+    decay_fraction: float = opt(0.2, "wsd: share of max_iters spent decaying at the end", above=0.0, hi=1.0)  # fmt: skip
+    min_lr_ratio: float = opt(0.1, "final learning rate as a share of the peak", lo=0.0, hi=1.0)
+    weight_decay: float = opt(0.1, "AdamW decay of matrices", lo=0.0)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0 is off", lo=0.0)
+    grad_accum_steps: int = opt(1, "batches per optimizer step", lo=1, hi=1 << 20)
+    micro_batch_size: int = opt(0, "sequences per forward; 0: the largest that fits memory", lo=0)
+    use_amp: bool = opt(True, "mixed precision where the device has it natively")
+    amp_dtype: str = opt("bf16", "mixed precision dtype", choices=("bf16", "fp16"))
+    compile: str = opt("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)
+    eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
+    eval_iters: int = opt(200, "batches per evaluation", lo=1)
+    eval_seed: int = opt(1337, "seed of the evaluation windows", lo=0, hi=(1 << 63) - 1)
+    save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
+    log_interval: int = opt(0, "steps per flush of the step log; 0: 1 on CPU, 10 on a GPU", lo=0)
+    log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
+    terminal_log_file: str | None = opt(None, "also write the terminal output here")
+    freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)
+    freeze_embeddings: bool = opt(False, "do not train the embeddings")
+    eval_sets: dict[str, str] | None = opt(None, "name: dataset_dir of further validation sets", flag=False)  # fmt: skip
+    curriculum: Curriculum | None = opt(None, "datasets by phase", flag=False)
+    gold_selection: GoldSelection | None = opt(None, "how gold is chosen", flag=False)
+    token_accuracy_saturation: Saturation | None = opt(None, "masked accuracy check", flag=False)
+
+    def check(self, where: str = "config") -> None:
+        """Check what single ranges cannot; raises ConfigError."""
+        phases = self.curriculum.phases if self.curriculum else ()
+        ends = [p.until_iter for p in phases]
+        for i, phase in enumerate(phases):
+            key = f"{where}: curriculum.phases[{i}]"
+            if not phase.dataset_dir:
+                raise ConfigError(f"{key}.dataset_dir is missing", cure="name the phase's dataset")
+            last = i == len(phases) - 1
+            if ends[i] is None and not last:
+                raise ConfigError(
+                    f"{key}.until_iter: only the last phase may be open-ended",
+                    "found null",
+                    "give the step at which the next phase starts",
+                )
+            if i and ends[i] is not None and ends[i] <= (ends[i - 1] or 0):  # type: ignore[operator]
+                raise ConfigError(
+                    f"{key}.until_iter must grow from phase to phase",
+                    f"found {ends[i]} after {ends[i - 1]}",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict, nested sections included."""
+        return dataclasses.asdict(self)
+
+
+ALIASES = {"save_every": "save_interval"}
+DISPLAY_KEYS = ("name", "description")
+
+
+def field_names(cls: type, role: str | None = None) -> list[str]:
+    """Names of the settings of a section, all or of one role (`arch` or `run`)."""
+    fields = dataclasses.fields(cls)
+    return [f.name for f in fields if role is None or f.metadata.get("role", "run") == role]
+
+
+ARCHITECTURE_KEYS = tuple(field_names(ModelConfig, "arch"))
+
+
+def split_flat(raw: dict[str, Any], where: str) -> tuple[ModelConfig, TrainConfig, dict[str, str]]:
+    """Build both sections from one flat preset object.
+
+    Returns:
+        The model section, the training section and the display strings.
+
+    Raises:
+        ConfigError: on an unknown key, a wrong type or a value out of range; one line with the
+            key path, what was found and the nearest valid key or range.
+    """
+    sections: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    display: dict[str, str] = {}
+    model_keys, train_keys = set(field_names(ModelConfig)), set(field_names(TrainConfig))
+    for key, value in raw.items():
+        name = ALIASES.get(key, key)
+        if name in model_keys:
+            sections["model"][name] = value
+        elif name in train_keys:
+            sections["train"][name] = value
+        elif key in DISPLAY_KEYS:
+            display[key] = _typed(value, str, f"{where}: {key}", {})
+        elif not key.startswith("comment"):  # archived MyPT configs carry comment_* keys
+            raise _unknown(key, where, [*model_keys, *train_keys, *DISPLAY_KEYS, *ALIASES])
+    model = build(ModelConfig, sections["model"], where)
+    train = build(TrainConfig, sections["train"], where)
+    model.check(where)
+    train.check(where)
+    return model, train, display
+
+
+def build(cls: type[T], raw: object, where: str, prefix: str = "") -> T:
+    """Check `raw` against the dataclass `cls` and build it; raises ConfigError."""
+    if not isinstance(raw, dict):
+        raise _wrong_type(f"{where}: {prefix.rstrip('.') or 'file'}", "an object", raw)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in raw.items():
+        if key not in fields:
+            raise _unknown(key, where, list(fields), prefix)
+        f = fields[key]
+        values[key] = _typed(value, f.type, f"{where}: {prefix}{key}", dict(f.metadata))
+    return cls(**values)
+
+
+def _typed(value: Any, kind: Any, path: str, limits: dict[str, Any]) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        kind = next(a for a in args if a is not type(None))
+        return _typed(value, kind, path, limits)
+    if dataclasses.is_dataclass(kind):
+        where, _, key = path.partition(": ")
+        return build(typing.cast(type, kind), value, where, key + ".")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _wrong_type(path, "a list", value)
+        return tuple(_typed(v, args[0], f"{path}[{i}]", {}) for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong_type(path, "an object of strings", value)
+        return {k: _typed(v, args[1], f"{path}.{k}", {}) for k, v in value.items()}
+    return _in_range(_scalar(value, kind, path), path, limits)
+
+
+def _scalar(value: Any, kind: type, path: str) -> Any:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number:
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}: expected a finite number", f"found {value}")
+        return value  # 1 stays 1: MyPT tells a share of steps from a count by the JSON type
+    if kind is int and number and isinstance(value, int):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise _wrong_type(path, names[kind], value)
+
+
+def _in_range(value: Any, path: str, limits: dict[str, Any]) -> Any:
+    choices = limits.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        cure = f"did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"{path}: expected one of {', '.join(choices)}", f"found {value!r}", cure)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and any(
+        limits.get(key) is not None and not holds(value, limits[key]) for key, _, holds in _RULES
+    ):
+        raise ConfigError(f"{path} is out of range", f"found {value}", f"use {allowed(limits)}")
+    return value
+
+
+_RULES = (
+    ("lo", ">=", operator.ge),
+    ("above", ">", operator.gt),
+    ("hi", "<=", operator.le),
+    ("below", "<", operator.lt),
+)
+
+
+def allowed(limits: Any) -> str:
+    """Describe a range in words: '>= 1 and <= 1024'."""
+    parts = [f"{sign} {limits[k]:g}" for k, sign, _ in _RULES if limits.get(k) is not None]
+    return " and ".join(parts)
+
+
+def _unknown(key: str, where: str, known: list[str], prefix: str = "") -> ConfigError:
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
+    cure = f"the nearest valid key is '{prefix}{near[0]}'" if near else f"valid keys: {', '.join(sorted(known))}"  # fmt: skip
+    return ConfigError(f"{where}: unknown key '{prefix}{key}'", cure=cure)
+
+
+def _wrong_type(path: str, wanted: str, found: object) -> ConfigError:
+    shown = "null" if found is None else repr(found)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return ConfigError(f"{path}: expected {wanted}", f"found {shown}")

@@ -1,0 +1,179 @@
+"""What people read: MyPT's two-line eval summary, gold lines, tables, the live line."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def say(text: str = "") -> None:
+    """Print one line of the story of a run."""
+    print(text, flush=True)
+
+
+def notice(text: str) -> None:
+    """Print one line about a choice made for the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Minutes up to an hour, then hours: '15m', '52.3h'."""
+    return f"{int(seconds / 60)}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
+
+
+def token_count(n: float) -> str:
+    """Millions, from a billion on billions: '34M', '7.37B'."""
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{int(n / 1e6)}M"
+
+
+def count(n: float) -> str:
+    """A short count: '602.28M', '21.17M', '1.5k'."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(n) >= size:
+            return f"{n / size:.2f}{unit}" if unit != "k" else f"{n / size:.1f}k"
+    return f"{n:g}"
+
+
+def bytes_text(n: float) -> str:
+    """Binary units: '12.0 GiB'."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{int(n)} B"
+
+
+def eval_lines(
+    *,
+    step: int,
+    start_step: int,
+    max_iters: int,
+    elapsed_s: float,
+    tokens: int,
+    val_loss: float,
+    lr: float,
+    phase: str,
+    eval_sets: dict[str, float],
+    clock: str | None = None,
+) -> list[str]:
+    """MyPT's two-line summary of an evaluation; percent and ETA count from `start_step`."""
+    done, span = step - start_step, max(1, max_iters - start_step)
+    eta = duration(elapsed_s / done * (span - done)) if done > 0 else "..."
+    clock = clock or time.strftime("%H:%M:%S")
+    parts = [f"val {val_loss:.4f}", f"lr {lr:.2e}", f"phase: {phase}"]
+    parts += [f"{name} {loss:.4f}" for name, loss in eval_sets.items()]
+    return [
+        f"step {step}/{max_iters} ({100 * done / span:.1f}%) | {clock} | {duration(elapsed_s)}"
+        f" | ETA {eta} | {token_count(tokens)} tokens",
+        "  " + " | ".join(parts),
+    ]
+
+
+def gold_saved_line(val_loss: float, step: int) -> str:
+    """Seed wording of a new best checkpoint."""
+    return f"  🏆 New GOLD checkpoint! val_loss={val_loss:.4f} at step {step}"
+
+
+def gold_blocked_line(val_loss: float, best: float, reason: str) -> str:
+    """Seed wording of a new minimum that a guard refused."""
+    kind, _, detail = reason.partition(": ")
+    shown = f"{kind} ({detail})" if detail else kind
+    return f"  ⚠️  GOLD blocked: val {val_loss:.4f} < best {best:.4f} but {shown}"
+
+
+def finished_lines(run_dir: str, fp16_dir: str | None, gold: tuple[str, int, float] | None) -> list[str]:  # fmt: skip
+    """Return the 'Training finished!' block."""
+    lines = ["Training finished!", f"  Resume training from: {run_dir}"]
+    if fp16_dir:
+        lines.append(f"  Deploy inference from: {fp16_dir}")
+    if gold:
+        path, step, val_loss = gold
+        lines.append(f"  🏆 Best (GOLD) checkpoint: {path} (step {step}, val_loss={val_loss:.4f})")
+    return lines
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Align columns; the first `left` columns to the left, the others to the right."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in pairs).rstrip()
+
+    return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
+
+
+class Live:
+    """Progress between evaluations: one live line on a terminal, else a plain line now and then."""
+
+    def __init__(self, total: int, start: int, every_s: float = 10.0) -> None:
+        self.total, self.start, self.every_s = total, start, every_s
+        self._bar: Any = None
+        self._next = time.perf_counter() + every_s
+        self._first: tuple[float, int] | None = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=start, bar_format="{desc} |{bar:20}| {percentage:3.0f}%",
+                leave=False, dynamic_ncols=True,
+            )  # fmt: skip
+
+    def micro(self, step: int, done: int, left: int) -> None:
+        """Show that a long step is under way."""
+        if self._bar is not None:
+            self._bar.set_description_str(f"step {step + 1}/{self.total} micro-step {done}")
+
+    def step(self, step: int, loss: float, tokens_per_s: float, peak_bytes: int) -> None:
+        """Show a finished step."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, step)
+        done = step - self._first[1]
+        eta = (now - self._first[0]) / done * (self.total - step) if done else None
+        text = (
+            f"step {step}/{self.total} | loss {loss:.4f} | {count(tokens_per_s)} tok/s"
+            f" | {bytes_text(peak_bytes)} | ETA {duration(eta) if eta is not None else '...'}"
+        )
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now >= self._next:
+            self._next = now + self.every_s
+            notice(text)
+
+    def clear(self) -> None:
+        """Take the live line away, so that a line can be printed."""
+        if self._bar is not None:
+            self._bar.clear()
+
+    def close(self) -> None:
+        """Take the live line away for good."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class _Tee:
+    """A text stream that also writes to a file."""
+
+    def __init__(self, stream: Any, file: Any) -> None:
+        self._stream, self._file = stream, file
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        return int(self._stream.write(text))
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def tee(path: Path) -> None:
+    """Append everything printed from here on to `path` as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115: until the process ends
+    sys.stdout, sys.stderr = _Tee(sys.stdout, file), _Tee(sys.stderr, file)

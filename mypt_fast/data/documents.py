@@ -1,0 +1,269 @@
+"""Sources to pieces of text in bounded memory: decode, split into documents, clean, cut.
+
+A document longer than a block is cut only where GPT-2's pre-tokenisation has a boundary whatever
+surrounds it, so encoding the pieces gives the very tokens of encoding the whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
+
+from mypt_fast.data.corpus import Source, unreadable
+from mypt_fast.errors import DataError
+
+BLOCK_CHARS = 1 << 20
+READ_BYTES = 1 << 20
+# JSON cannot be parsed in pieces; a longer row is a mistake or has to be made a text file.
+MAX_ROW_BYTES = 256 << 20
+# mypt_clean works on whole lines; a longer one is treated as several.
+MAX_LINE_CHARS = 1 << 22
+_LINES_PER_BLOCK = 1024
+
+
+class Piece(NamedTuple):
+    """Part of a document, or all of it."""
+
+    text: str
+    split: str
+    starts: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class LineCleaning:
+    """MyPT's line pipeline and its three switches."""
+
+    normalize: bool = True
+    filter: bool = True
+    dedup: bool = True
+
+
+@dataclass
+class Reader:
+    """Read sources as documents and pieces.
+
+    Args:
+        text_field: the key of a JSONL row that holds the text.
+        cleaning: MyPT's line pipeline, or None to leave every character as it is.
+        val_fraction: share of the documents that a hash of their beginning sends to validation.
+        block_chars: the longest piece.
+        on_bytes: called with the number of input bytes after each read.
+    """
+
+    text_field: str = "text"
+    cleaning: LineCleaning | None = None
+    val_fraction: float = 0.1
+    block_chars: int = BLOCK_CHARS
+    on_bytes: Callable[[int], None] = lambda count: None
+    skipped_empty: int = 0
+    skipped_undecodable: int = 0
+    _seen: set[bytes] = field(default_factory=set)
+
+    def pieces(self, sources: Iterable[Source]) -> Iterator[Piece]:
+        """Yield every document in order, in pieces of at most `block_chars` characters."""
+        self.skipped_empty = self.skipped_undecodable = 0
+        self._seen.clear()
+        for source in sources:
+            for blocks in self._documents(source):
+                yield from self._pieces_of(blocks, source.split)
+
+    def _pieces_of(self, blocks: Iterable[str], split: str | None) -> Iterator[Piece]:
+        if self.cleaning is not None:
+            blocks = clean_lines(blocks, self.cleaning, self._seen)
+        starts = True
+        held: str | None = None
+        for text in cut(blocks, self.block_chars):
+            if held is not None:
+                yield Piece(held, split or "train", starts, False)
+                starts = False
+            elif split is None:
+                split = split_of(text, self.val_fraction)
+            held = text
+        if held is None:
+            self.skipped_empty += 1
+        else:
+            yield Piece(held, split or "train", starts, True)
+
+    def _documents(self, source: Source) -> Iterator[Iterable[str]]:
+        if source.is_jsonl:
+            for text in self._rows(source):
+                yield [text]
+        elif source.is_demo:
+            try:
+                yield list(self._decoded(source))
+            except NotTextError:
+                self.skipped_undecodable += 1
+        else:
+            yield self._decoded(source)
+
+    def _decoded(self, source: Source) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        offset = 0
+        with _opened(source) as file:
+            while True:
+                data = file.read(READ_BYTES)
+                self.on_bytes(len(data))
+                pending = len(decoder.getstate()[0])
+                if (nul := data.find(b"\0")) >= 0:
+                    raise NotTextError(source.name, offset + nul, "a NUL byte")
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    at = offset - pending + error.start
+                    raise NotTextError(source.name, at, "bytes that are not UTF-8") from error
+                if text:
+                    yield text
+                if not data:
+                    return
+                offset += len(data)
+
+    def _rows(self, source: Source) -> Iterator[str]:
+        with _opened(source) as file:
+            number = 0
+            while line := file.readline(MAX_ROW_BYTES + 1):
+                number += 1
+                self.on_bytes(len(line))
+                where = f"{source.name} line {number}"
+                if len(line) > MAX_ROW_BYTES:
+                    limit = f"is longer than {MAX_ROW_BYTES >> 20} MiB"
+                    raise DataError(where, limit, "put long documents into text files")
+                if line.strip():
+                    yield _row_text(line, where, self.text_field)
+
+
+class NotTextError(DataError):
+    """An input that is binary or in another encoding."""
+
+    def __init__(self, name: str, offset: int, what: str) -> None:
+        super().__init__(
+            f"input {name}",
+            f"has {what} at byte {offset}: not a UTF-8 text",
+            "leave it out, or convert it first (iconv -t UTF-8)",
+        )
+
+
+def split_of(text: str, val_fraction: float) -> str:
+    """Choose the split by a hash of the document's beginning: equal documents stay together."""
+    import xxhash
+
+    digest = xxhash.xxh3_64_intdigest(text[:65536].encode("utf-8", "surrogatepass"))
+    return "val" if digest < val_fraction * 2**64 else "train"
+
+
+def cut(blocks: Iterable[str], limit: int) -> Iterator[str]:
+    """Re-cut a document's blocks into pieces of at most `limit` characters, none empty."""
+    held = ""
+    for block in blocks:
+        held += block
+        start = 0
+        while len(held) - start > limit:
+            end = cut_position(held, start, start + limit)
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+# Before white space that follows anything else: a piece of GPT-2's pattern never runs on into
+# white space, and its look-ahead only concerns runs of white space, which stay in one part.
+# str.isspace knows every character that \s does, so "not isspace" is safe on the left.
+_CUT_WHITE = " \n\t\r"
+# A long run without white space: before punctuation that follows a letter or a number.
+_CUT_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~。，、；：！？")
+
+
+def cut_position(text: str, start: int, end: int) -> int:
+    """Return the last position in (start, end] where cutting changes no token; else `end`.
+
+    Only a run of `end - start` characters without any boundary (a megabyte of one letter) has
+    none; it is cut at `end` and may differ there by a token from the uncut text.
+    """
+    for at in range(end, start, -1):
+        if text[at] in _CUT_WHITE and not text[at - 1].isspace():
+            return at
+    for at in range(end, start, -1):
+        if text[at] in _CUT_MARKS and text[at - 1].isalnum():
+            return at
+    return end
+
+
+def clean_lines(blocks: Iterable[str], cleaning: LineCleaning, seen: set[bytes]) -> Iterator[str]:
+    """Apply MyPT's line pipeline; yields blocks of kept lines, each ended by a newline.
+
+    Normalise: lower-case, white space collapsed (off: stripped). Filter: 20 to 2,000 characters
+    and at least three spaces. De-duplicate: by MD5 of the line over the whole input; the memory
+    for that grows with the number of different lines, about 100 bytes each.
+    """
+    kept: list[str] = []
+    for line in _lines(blocks):
+        line = " ".join(line.lower().split()) if cleaning.normalize else line.strip()
+        if cleaning.filter and not (20 <= len(line) <= 2000 and line.count(" ") >= 3):
+            continue
+        if cleaning.dedup:
+            data = line.encode("utf-8", "surrogatepass")
+            digest = hashlib.md5(data, usedforsecurity=False).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        kept.append(line + "\n")
+        if len(kept) == _LINES_PER_BLOCK:
+            yield "".join(kept)
+            kept = []
+    if kept:
+        yield "".join(kept)
+
+
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
+    held = ""
+    for block in blocks:
+        *lines, held = (held + block).split("\n")
+        yield from lines
+        while len(held) > MAX_LINE_CHARS:
+            end = cut_position(held, 0, MAX_LINE_CHARS)
+            yield held[:end]
+            held = held[end:]
+    if held:
+        yield held
+
+
+def _row_text(line: bytes, where: str, text_field: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = re.sub(r": line 1 column (\d+) .*", r" at column \1", str(error))
+        raise DataError(where, f"is not JSON: {reason}", "each line must be one object") from error
+    if not isinstance(row, dict):
+        raise DataError(where, f"is a {type(row).__name__}, expected an object")
+    text = row.get(text_field)
+    if isinstance(text, str):
+        # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if text_field in row:
+        raise DataError(where, f"field {text_field!r} is a {type(text).__name__}, expected text")
+    keys = ", ".join(list(row)[:8]) or "nothing"
+    raise DataError(
+        where, f"has no field {text_field!r}; it has {keys}", "name the field with --text_field"
+    )
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[BinaryIO]:
+    try:
+        if source.path is None:
+            yield sys.stdin.buffer
+        else:
+            with source.path.open("rb") as raw:
+                yield gzip.GzipFile(fileobj=raw) if source.is_gzip else raw  # type: ignore[misc]
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(source.name, error) from error

@@ -1,0 +1,124 @@
+"""What turns sample numbers into batches: the NumPy reader, and how the native one is found."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mypt_fast.data.format import Shard
+from mypt_fast.data.order import ALGORITHM, SampleOrder
+from mypt_fast.errors import DataError, IntegrityError
+
+Int64 = NDArray[np.int64]
+Tokens = NDArray[np.unsignedinteger[Any]]
+
+_BLOCK = 1024  # samples whose starts NumPy computes at once: 100 us, for 8 as for 1024 of them
+
+
+class BatchReader(Protocol):
+    """Fills x and y, each (rows, seq_len) int64, with the samples from `first_sample` on.
+
+    It returns the largest token id read. `next_sample` is a hint: where the next call will read.
+    """
+
+    def read(self, first_sample: int, x: Int64, y: Int64, next_sample: int) -> int:
+        """Fill the rows of x and y with consecutive samples."""
+        ...
+
+
+def native_module() -> tuple[ModuleType | None, str]:
+    """Import the extension; return it, or None and why it cannot be used."""
+    try:
+        module = importlib.import_module("mypt_fast._native")
+    except ImportError as error:
+        return None, f"mypt_fast._native cannot be imported: {error}"
+    if getattr(module, "ALGORITHM", None) != ALGORITHM:
+        return None, "mypt_fast._native was built from other sources; build it again"
+    return module, ""
+
+
+def map_shard(shard: Shard) -> Tokens:
+    """Map the tokens of one shard; the mapping stays open as long as the array."""
+    dtype = np.dtype(f"<u{shard.width}")
+    if shard.n_tokens == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    try:
+        mapped = np.memmap(shard.path, dtype, "r", offset=shard.offset, shape=(shard.n_tokens,))
+    except OSError as error:
+        raise DataError(f"shard {shard.path}", f"cannot be mapped: {error}") from error
+    except ValueError as error:  # shorter than when it was validated
+        raise IntegrityError(f"shard {shard.path}", str(error)) from error
+    return np.asarray(mapped)  # indexing a plain array is twice as fast as a memmap
+
+
+def narrow(tokens: NDArray[Any]) -> Tokens:
+    """Copy token ids into uint16, or uint32 where they need it."""
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(f"tokens must be 1-D integers, not {tokens.ndim}-D {tokens.dtype}")
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+    if low < 0 or high >= 1 << 32:
+        raise ValueError(f"token ids are in [0, 2^32), not [{low}, {high}]")
+    return np.array(tokens, dtype=np.uint16 if high < 1 << 16 else np.uint32)
+
+
+class NumpyReader:
+    """The NumPy twin of the native reader: the specification of what a batch holds."""
+
+    def __init__(self, arrays: list[Tokens], order: SampleOrder) -> None:
+        self._order = order
+        self._arrays = [array for array in arrays if array.size]
+        self._ends = np.cumsum([array.size for array in self._arrays])
+        self._begins = self._ends - [array.size for array in self._arrays]
+        self._block_first = 0
+        self._block = np.empty(0, dtype=np.int64)
+
+    def read(self, first_sample: int, x: Int64, y: Int64, next_sample: int) -> int:
+        """See BatchReader; the hint is of no use here."""
+        del next_sample
+        T = self._order.seq_len
+        _check_buffers(x, y, T)
+        starts = self._starts(first_sample, len(x))
+        shards = np.searchsorted(self._ends, starts, side="right")
+        whole = starts + T + 1 <= self._ends[shards]
+        for shard in np.unique(shards[whole]).tolist():
+            rows = np.flatnonzero(whole & (shards == shard))
+            windows = np.lib.stride_tricks.sliding_window_view(self._arrays[shard], T + 1)
+            block = windows[starts[rows] - self._begins[shard]]
+            x[rows], y[rows] = block[:, :-1], block[:, 1:]
+        for row in np.flatnonzero(~whole).tolist():
+            span = self._span(int(starts[row]), T + 1, int(shards[row]))
+            x[row], y[row] = span[:-1], span[1:]
+        return max(int(x.max()), int(y.max())) if x.size else 0
+
+    def _starts(self, first_sample: int, rows: int) -> Int64:
+        offset = first_sample - self._block_first
+        if not 0 <= offset <= len(self._block) - rows:
+            offset, self._block_first = 0, first_sample
+            self._block = self._order.starts(first_sample, max(rows, _BLOCK))
+        return self._block[offset : offset + rows]
+
+    def _span(self, start: int, count: int, shard: int) -> Int64:
+        """Collect tokens from as many shards as they lie in."""
+        parts, begin = [], start - int(self._begins[shard])
+        while count:
+            part = self._arrays[shard][begin : begin + count]
+            parts.append(part.astype(np.int64))
+            count, shard, begin = count - part.size, shard + 1, 0
+        return np.concatenate(parts)
+
+
+def _check_buffers(x: Int64, y: Int64, seq_len: int) -> None:
+    for name, array in (("x", x), ("y", y)):
+        flags = array.flags
+        if array.dtype != np.int64 or not flags.c_contiguous or not flags.writeable:
+            raise ValueError(f"{name} must be a writeable C-contiguous int64 array")
+        if array.ndim != 2 or array.shape[1] != seq_len:
+            raise ValueError(f"{name} must be (rows, {seq_len}), not {array.shape}")
+    if x.shape != y.shape:
+        raise ValueError(f"x and y differ in shape: {x.shape} and {y.shape}")
+    if np.may_share_memory(x, y):
+        raise ValueError("x and y overlap")

@@ -1,0 +1,39 @@
+"""The errors users see. Each carries what was asked, what was found and what to do, and an exit code."""
+
+
+class MyptError(Exception):
+    """Base of every error that is the input's fault, not ours; the CLI prints it as one line.
+
+    Args:
+        what: what was asked, with its name (a key path, a file, a flag).
+        found: what was found instead.
+        cure: what the user can do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, found: str = "", cure: str = "") -> None:
+        super().__init__("; ".join(part for part in (what, found, cure) if part))
+        self.what, self.found, self.cure = what, found, cure
+
+
+class ConfigError(MyptError):
+    """A setting, preset or flag that cannot be used."""
+
+
+class DataError(MyptError):
+    """Missing or unusable input text, dataset or tokenizer."""
+
+
+class CheckpointError(MyptError):
+    """A run directory that is missing, incomplete or does not fit what was asked."""
+
+
+class DeviceError(MyptError):
+    """A device that was asked for and cannot be used."""
+
+
+class IntegrityError(MyptError):
+    """Bytes that are not what their header, manifest or hash says."""
+
+    exit_code = 3

@@ -1,0 +1,192 @@
+"""What a run will use: defaults < the saved run < a preset named now < flags. No torch."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mypt_fast import presets
+from mypt_fast.config import (
+    ARCHITECTURE_KEYS,
+    ModelConfig,
+    TrainConfig,
+    build,
+    field_names,
+    opt,
+)
+from mypt_fast.errors import ConfigError
+
+BUNDLE_HINTS = ("config.json", "model.pt")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where a run's text comes from. One of `dataset_dir` and `input_file`."""
+
+    dataset_dir: str | None = opt(None, "dataset made by `mypt-fast prepare`")
+    input_file: str | None = opt(None, "train on this text file directly; its last 10%% validates")
+    tokenization: str | None = opt(
+        None, "tokens of --input_file and of the demo corpus", choices=("gpt2", "char")
+    )
+    eval_dataset_dir: str | None = opt(None, "a further validation set, logged as eval_general")
+
+
+@dataclass
+class Settings:
+    """The resolved settings of a run and how they came about."""
+
+    model_name: str
+    run_dir: Path
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    resume: bool = False
+    saved_state: dict[str, Any] = field(default_factory=dict)  # training_state.json
+    preset_path: Path | None = None
+    typed: frozenset[str] = frozenset()
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.model.batch_size * self.train.grad_accum_steps
+
+
+def resolve(
+    typed: dict[str, Any],
+    *,
+    model_name: str | None = None,
+    config_file: str | None = None,
+    checkpoints: Path = Path("checkpoints"),
+    strict: bool = False,
+) -> Settings:
+    """Merge every source of settings.
+
+    Args:
+        typed: flags the user typed, by field name.
+        model_name: run name; default: the preset's stem, else "default".
+        config_file: preset path or name.
+        checkpoints: folder of run directories.
+        strict: make an ignored architecture flag an error.
+
+    Raises:
+        ConfigError: with one line, on anything that does not fit.
+    """
+    preset = presets.load(config_file) if config_file else None
+    name = model_name or (preset.path.stem if preset else "default")
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise ConfigError("--model_name is a plain name", f"found '{name}'", "it becomes a folder of checkpoints/")  # fmt: skip
+    run_dir = checkpoints / name
+    flags = {section: _pick(typed, section) for section in (ModelConfig, TrainConfig, DataConfig)}
+    for section, values in flags.items():
+        build(section, values, "command line")
+    saved_config, saved_state = _saved(run_dir)
+    out = Settings(name, run_dir, ModelConfig(), TrainConfig(), DataConfig(), typed=frozenset(typed))  # fmt: skip
+    out.resume, out.saved_state = saved_config is not None, saved_state
+    out.preset_path = preset.path if preset else None
+    out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
+    saved_run = _known(saved_state.get("training_config"), TrainConfig)
+    from_preset = _given(preset, preset.train) if preset else {}
+    merged = {**saved_run, **from_preset, **flags[TrainConfig]}
+    out.train = build(TrainConfig, merged, "settings")
+    out.data = _data(flags[DataConfig], saved_state)
+    out.model.check("settings")
+    out.train.check("settings")
+    return out
+
+
+def _pick(typed: dict[str, Any], section: type) -> dict[str, Any]:
+    names = set(field_names(section))
+    return {k: v for k, v in typed.items() if k in names}
+
+
+def _saved(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return config.json and training_state.json of an existing run, or (None, {})."""
+    if not all((run_dir / n).is_file() for n in BUNDLE_HINTS):
+        return None, {}
+    config = presets.read_json(run_dir / "config.json")
+    state_path = run_dir / "training_state.json"
+    state = presets.read_json(state_path) if state_path.is_file() else {}
+    for path, content in ((run_dir / "config.json", config), (state_path, state)):
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: expected a JSON object", f"found {type(content).__name__}")
+    return config, state
+
+
+def _known(raw: object, section: type) -> dict[str, Any]:
+    """Keep a file's known keys: bundles carry other programs' keys too."""
+    if not isinstance(raw, dict):
+        return {}
+    kept = {k: v for k, v in raw.items() if k in set(field_names(section))}
+    # MyPT stores its saturation state inside the settings; read the settings only
+    nested = kept.get("token_accuracy_saturation")
+    if isinstance(nested, dict):
+        from mypt_fast.config import Saturation
+
+        known = set(field_names(Saturation))
+        kept["token_accuracy_saturation"] = {k: v for k, v in nested.items() if k in known}
+    return kept
+
+
+def _given(preset: presets.Preset, section: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(section)
+    return {k: v for k, v in _listed(values).items() if k in preset.given}
+
+
+def _listed(value: Any) -> Any:
+    """JSON has lists where a dataclass has tuples."""
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _model(
+    flags: dict[str, Any],
+    preset: presets.Preset | None,
+    saved: dict[str, Any] | None,
+    run_dir: Path,
+    strict: bool,
+    notices: list[str],
+) -> ModelConfig:
+    from_preset = _given(preset, preset.model) if preset else {}
+    if saved is None:
+        base, source = from_preset, str(preset.path) if preset else ""
+    else:
+        base, source = _known(saved, ModelConfig), str(run_dir)
+        _refuse_conflict(base, preset, run_dir)
+        base |= {k: v for k, v in from_preset.items() if k not in ARCHITECTURE_KEYS}
+    if source:
+        known = build(ModelConfig, base, source)
+        for key in ARCHITECTURE_KEYS:
+            if key in flags and flags[key] != getattr(known, key):
+                text = f"--{key} {flags[key]} is ignored: {source} has {getattr(known, key)}"
+                if strict:
+                    raise ConfigError(text, cure="drop the flag, or --strict")
+                notices.append(text)
+        flags = {k: v for k, v in flags.items() if k not in ARCHITECTURE_KEYS}
+    return build(ModelConfig, {**base, **flags}, source or "command line")
+
+
+def _refuse_conflict(saved: dict[str, Any], preset: presets.Preset | None, run_dir: Path) -> None:
+    """A preset that names another architecture than the run's is a mistake, not a wish."""
+    if preset is None:
+        return
+    defaults = ModelConfig()
+    for key in ARCHITECTURE_KEYS:
+        ours = saved.get(key, getattr(defaults, key))
+        theirs = getattr(preset.model, key)
+        if key != "vocab_size" and ours != theirs:  # the tokenizer decides the vocabulary
+            raise ConfigError(
+                f"{run_dir} cannot continue with {preset.path}",
+                f"{key} is {ours} in the run and {theirs} in the preset",
+                "drop --config to continue the run, or start another with --model_name",
+            )
+
+
+def _data(flags: dict[str, Any], state: dict[str, Any]) -> DataConfig:
+    saved = _known(state.get("training_config"), DataConfig)
+    if flags.get("dataset_dir") and flags.get("input_file"):
+        raise ConfigError("--dataset_dir and --input_file are both given", cure="name one source")
+    if flags.get("dataset_dir") or flags.get("input_file"):
+        saved = {k: v for k, v in saved.items() if k not in ("dataset_dir", "input_file")}
+    return build(DataConfig, {**saved, **flags}, "settings")

@@ -1,0 +1,183 @@
+"""Which device, which precision, how much memory: asked once at the start of a run."""
+
+import contextlib
+import os
+import platform
+import shutil
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mypt_fast.errors import DeviceError
+
+
+def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | None]:
+    """Choose the device of a run.
+
+    Args:
+        requested: "cpu", "cuda", "cuda:N" or None.
+        explicit: asked for by a flag; a device stored in a file is advice only.
+
+    Returns:
+        The device and a notice for the user, or None.
+
+    Raises:
+        DeviceError: for an explicit device that is not there, and for a GPU that torch cannot
+            use (a driver too old): never a silent CPU run.
+    """
+    wanted = requested or "auto"
+    if wanted != "auto" and wanted.split(":")[0] not in ("cpu", "cuda"):
+        raise DeviceError(f"unknown device '{wanted}'", cure="use cpu, cuda or cuda:N")
+    if wanted == "cpu":
+        return torch.device("cpu"), None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if usable:
+        index = int(wanted.split(":")[1]) if wanted.startswith("cuda:") else 0
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"device {wanted}", f"found {torch.cuda.device_count()} GPU(s)")
+        return torch.device("cuda", index), None
+    reason = _one_line(str(caught[-1].message)) if caught else ""
+    if torch.version.cuda and (reason or _driver_present()):
+        raise DeviceError(
+            "a GPU is here but torch cannot use it",
+            reason or f"torch {torch.__version__} was built for CUDA {torch.version.cuda}",
+            "update the driver, install a matching torch, or pass --device cpu",
+        )
+    if wanted != "auto" and explicit:
+        built = torch.version.cuda or "no CUDA"
+        raise DeviceError(
+            f"device {wanted} was asked for",
+            f"torch {torch.__version__} ({built}) finds no GPU",
+            "drop --device, or pass --device cpu",
+        )
+    if wanted != "auto":
+        return torch.device("cpu"), f"device {wanted} is stored in the config; no GPU here, using the CPU"  # fmt: skip
+    return torch.device("cpu"), None
+
+
+def _driver_present() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the forward computes."""
+
+    dtype: torch.dtype  # of matmuls
+    scaler: bool  # fp16 needs loss scaling
+    device_type: str
+
+    @property
+    def name(self) -> str:
+        """'fp32', 'bf16' or 'fp16'."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return names[self.dtype]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of the forward pass."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+
+def precision(
+    device: torch.device, use_amp: bool, amp_dtype: str, explicit: bool
+) -> tuple[Precision, str | None]:
+    """Choose the matmul dtype: bf16 only where it is native, fp16 with a scaler on older GPUs.
+
+    On a CPU mixed precision runs only when asked for by a flag (`explicit`): there fp32 is the
+    precision in which a resumed run is bit-identical, and short of AMX hardly slower.
+    """
+    fp32 = Precision(torch.float32, False, device.type)
+    if not use_amp:
+        return fp32, None
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if amp_dtype == "bf16" and native:
+            return Precision(torch.bfloat16, False, "cuda"), None
+        note = None if amp_dtype == "fp16" else "this GPU has no native bf16: using fp16"
+        return Precision(torch.float16, True, "cuda"), note
+    if not explicit:
+        return fp32, None
+    if amp_dtype == "bf16" and _cpu_has_bf16():
+        return Precision(torch.bfloat16, False, "cpu"), None
+    return fp32, f"no native {amp_dtype} on this CPU: using fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory a run may use now: GPU memory that is free, or available RAM within the cgroup."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_meminfo_available(), *_cgroup_free()]
+    known = [n for n in limits if n is not None]
+    return min(known) if known else 8 << 30
+
+
+def _meminfo_available() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _cgroup_free() -> list[int]:
+    root = Path("/sys/fs/cgroup")
+    pairs = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # fmt: skip
+    free = []
+    for limit, used in pairs:
+        try:
+            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return free
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe(device: torch.device) -> str:
+    """One phrase for the start line."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

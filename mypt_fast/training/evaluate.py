@@ -1,0 +1,43 @@
+"""Mean loss over fixed windows; reads no random number and moves no training state."""
+
+from collections.abc import Callable
+
+import torch
+
+from mypt_fast.data.loader import TokenLoader
+from mypt_fast.model import GPT
+
+
+@torch.no_grad()
+def mean_loss(
+    model: GPT,
+    loader: TokenLoader,
+    windows: int,
+    rows: int,
+    device: torch.device,
+    between: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean cross-entropy per token over the loader's first `windows` samples.
+
+    Args:
+        model: left in the mode it came in.
+        loader: its own corpus and seed; its position is not used.
+        windows: how many; one epoch at most, so small sets are read once, not many times.
+        rows: sequences per forward; changes no loss beyond rounding.
+        device: of the model.
+        between: called between batches; may raise to stop.
+    """
+    windows = max(1, min(windows, loader.n_windows))
+    was_training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    try:
+        for first in range(0, windows, rows):
+            between()
+            x, y = (torch.from_numpy(a) for a in loader.read(first, min(rows, windows - first)))
+            loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+            total += loss.double().cpu()
+            tokens += y.numel()
+    finally:
+        model.train(was_training)
+    return float(total / tokens)

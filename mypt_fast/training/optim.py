@@ -1,0 +1,29 @@
+"""Parameter groups and the optimizer."""
+
+import torch
+from torch import nn
+
+from mypt_fast.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split the trainable parameters: matrices decay, the rest does not.
+
+    Not decayed: 1-D tensors and names containing "embedding" or "ln" (MyPT specification 1.4),
+    so a tied output matrix, listed under the embedding's name, is not decayed either.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            lower = name.lower()
+            groups[p.dim() > 1 and "embedding" not in lower and "ln" not in lower].append(p)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101), betas (0.9, 0.95), PyTorch's fused kernel."""
+    groups = parameter_groups(model, cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
