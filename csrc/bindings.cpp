@@ -46,7 +46,8 @@ std::shared_ptr<Corpus> wrap_tokens(const py::array& tokens) {
 
 std::int64_t* writeable(const py::array& array, const char* name, py::ssize_t seq_len) {
   if (!py::isinstance<Int64Array>(array) || !array.writeable()) {
-    throw std::invalid_argument(std::string(name) + " must be a writeable C-contiguous int64 array");
+    throw std::invalid_argument(std::string(name) +
+                                " must be a writeable C-contiguous int64 array");
   }
   if (array.ndim() != 2 || array.shape(1) != seq_len) {
     throw std::invalid_argument(std::string(name) + " must be (rows, " + std::to_string(seq_len) +
@@ -83,7 +84,8 @@ class BatchReader {
                      std::uint64_t next_sample) const {
     const Batch batch = batch_of(x, y, order_->seq_len());
     py::gil_scoped_release unlocked;
-    // 4 rows ahead hide the latency; 8, 16 and 32 measured the same, 0 takes 1.2 to 2.8 times longer.
+    // Prefetching 4 rows ahead hides the latency: 8, 16 and 32 measured the same, and without any
+    // a batch takes 1.2 times (B8 T1024) to 2.7 times (B64 T256) longer.
     const std::size_t upcoming = std::min(batch.rows, kMaxUpcoming);
     std::vector<std::uint64_t> starts(batch.rows + upcoming);
     order_->starts(first_sample, batch.rows, starts.data());

@@ -76,8 +76,8 @@ MYPT_AVX512 inline void store8_avx512(std::int64_t* dst, __m256i v) {
   _mm512_storeu_si512(dst, _mm512_maskz_cvtepu32_epi64(kAll, v));
 }
 
-// A macro, not a template: GCC does not carry a target attribute into a function passed as a
-// template argument, so each instruction set needs its own text.
+// A macro, not a template over the instruction set: a target attribute cannot depend on a template
+// parameter, and without it the intrinsics are not inlined.
 #define MYPT_WIDEN(NAME, TARGET, STORE8)                                                        \
   template <class Token>                                                                        \
   TARGET std::uint32_t one_##NAME(const Token* src, std::size_t n, std::int64_t* dst) {         \
@@ -103,8 +103,8 @@ MYPT_AVX512 inline void store8_avx512(std::int64_t* dst, __m256i v) {
       STORE8(y + i, targets);                                                                   \
       largest = larger(largest, targets);                                                       \
     }                                                                                           \
-    const std::uint32_t tail = n == even ? 0 : pair_scalar(src + even, n - even, x + even, y + even); \
-    return std::max(reduce(largest), tail);                                                     \
+    if (even == n) return reduce(largest);                                                      \
+    return std::max(reduce(largest), pair_scalar(src + even, n - even, x + even, y + even));    \
   }                                                                                             \
   constexpr Kernels k_##NAME##_kernels = {                                                      \
       {one_##NAME<std::uint16_t>, pair_##NAME<std::uint16_t>},                                  \

@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import math
 import operator
+import reprlib
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -53,11 +55,15 @@ class ModelConfig:
 
     batch_size: int = opt(32, "sequences per micro-step before accumulation", lo=1, hi=1 << 20)
     block_size: int = arch(256, "context length in tokens", lo=1, hi=1 << 20)
-    vocab_size: int = arch(50304, "rows of the embedding; set by the tokenizer for char", lo=1, hi=1 << 24)  # fmt: skip
+    vocab_size: int = arch(
+        50304, "rows of the embedding; set by the tokenizer for char", lo=1, hi=1 << 24
+    )
     n_embd: int = arch(384, "width of the residual stream", lo=1, hi=1 << 16)
     n_head: int = arch(6, "attention heads; must divide n_embd", lo=1, hi=4096)
     n_layer: int = arch(6, "transformer blocks", lo=1, hi=1024)
-    dropout: float = opt(0.2, "probability of dropping an activation in training", lo=0.0, below=1.0)  # fmt: skip
+    dropout: float = opt(
+        0.2, "probability of dropping an activation in training", lo=0.0, below=1.0
+    )
     bias: bool = arch(False, "biases in the attention projections")
     use_checkpoint: bool = opt(False, "recompute each block's activations in the backward pass")
     device: str | None = opt(None, "cpu, cuda or cuda:N; default: the GPU where there is one")
@@ -70,7 +76,9 @@ class ModelConfig:
     rope_theta: float = arch(10000.0, "base of the rotary frequencies", above=0.0)
     rope_scale: float = arch(1.0, "positions are divided by this before rotation", above=0.0)
     segment_position_reset: bool = opt(True, "restart positions at each packed segment")
-    neftune_alpha: float = opt(0.0, "scale of the noise on embeddings in training; 0 is off", lo=0.0)  # fmt: skip
+    neftune_alpha: float = opt(
+        0.0, "scale of the noise on embeddings in training; 0 is off", lo=0.0
+    )
     batch_sampling_mode: str = opt("epoch", "order of episodes", choices=("epoch", "random"))
     pad_token_id: int | None = opt(None, "padding id of episode datasets", lo=0)
     episode_min_tokens: int = opt(2, "shorter episodes are skipped", lo=1)
@@ -81,7 +89,7 @@ class ModelConfig:
     def check(self, where: str = "config") -> None:
         """Check what single ranges cannot; raises ConfigError."""
         if self.n_embd % self.n_head:
-            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = [h for h in range(1, min(self.n_embd, 4096) + 1) if self.n_embd % h == 0]
             best = min(near, key=lambda h: abs(h - self.n_head))
             raise ConfigError(
                 f"{where}: n_embd must be divisible by n_head",
@@ -106,7 +114,9 @@ class CurriculumPhase:
 
     name: str = opt("", "name shown in the log")
     dataset_dir: str = opt("", "dataset of the phase")
-    until_iter: int | None = opt(None, "first step that no longer belongs to it; null: the rest", lo=1)  # fmt: skip
+    until_iter: int | None = opt(
+        None, "first step that no longer belongs to it; null: the rest", lo=1
+    )
     description: str | None = opt(None, "for people")
 
 
@@ -123,7 +133,9 @@ class GoldGuards:
     """What may keep a new validation minimum from becoming the gold checkpoint."""
 
     overfit_ratio: float = opt(5.0, "largest val/train loss ratio", above=0.0)
-    consecutive_rises: int = opt(2, "rises of the val loss in a row before a dip is distrusted", lo=1)  # fmt: skip
+    consecutive_rises: int = opt(
+        2, "rises of the val loss in a row before a dip is distrusted", lo=1
+    )
     eval_regression: float = opt(0.20, "largest relative rise of any eval set", above=0.0)
 
 
@@ -172,9 +184,15 @@ class TrainConfig:
 
     learning_rate: float = opt(3e-4, "peak learning rate", above=0.0, hi=10.0)
     max_iters: int = opt(1000, "optimizer steps in all", lo=0)
-    warmup_iters: float = opt(0, "steps of linear warmup; between 0 and 1: a share of max_iters", lo=0)  # fmt: skip
-    schedule: str = opt("cosine", "learning rate after warmup", choices=("cosine", "constant", "wsd"))  # fmt: skip
-    decay_fraction: float = opt(0.2, "wsd: share of max_iters spent decaying at the end", above=0.0, hi=1.0)  # fmt: skip
+    warmup_iters: float = opt(
+        0, "steps of linear warmup; between 0 and 1: a share of max_iters", lo=0
+    )
+    schedule: str = opt(
+        "cosine", "learning rate after warmup", choices=("cosine", "constant", "wsd")
+    )
+    decay_fraction: float = opt(
+        0.2, "wsd: share of max_iters spent decaying at the end", above=0.0, hi=1.0
+    )
     min_lr_ratio: float = opt(0.1, "final learning rate as a share of the peak", lo=0.0, hi=1.0)
     weight_decay: float = opt(0.1, "AdamW decay of matrices", lo=0.0)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 is off", lo=0.0)
@@ -193,13 +211,21 @@ class TrainConfig:
     terminal_log_file: str | None = opt(None, "also write the terminal output here")
     freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)
     freeze_embeddings: bool = opt(False, "do not train the embeddings")
-    eval_sets: dict[str, str] | None = opt(None, "name: dataset_dir of further validation sets", flag=False)  # fmt: skip
+    eval_sets: dict[str, str] | None = opt(
+        None, "name: dataset_dir of further validation sets", flag=False
+    )
     curriculum: Curriculum | None = opt(None, "datasets by phase", flag=False)
     gold_selection: GoldSelection | None = opt(None, "how gold is chosen", flag=False)
     token_accuracy_saturation: Saturation | None = opt(None, "masked accuracy check", flag=False)
 
     def check(self, where: str = "config") -> None:
         """Check what single ranges cannot; raises ConfigError."""
+        for name, folder in (self.eval_sets or {}).items():
+            if not name or not folder:
+                raise ConfigError(
+                    f"{where}: eval_sets maps a name to a dataset_dir",
+                    f"found {shown(name)}: {shown(folder)}",
+                )
         phases = self.curriculum.phases if self.curriculum else ()
         ends = [p.until_iter for p in phases]
         for i, phase in enumerate(phases):
@@ -252,6 +278,8 @@ def split_flat(raw: dict[str, Any], where: str) -> tuple[ModelConfig, TrainConfi
     model_keys, train_keys = set(field_names(ModelConfig)), set(field_names(TrainConfig))
     for key, value in raw.items():
         name = ALIASES.get(key, key)
+        if name != key and name in raw:
+            raise ConfigError(f"{where}: '{key}' and '{name}' are one setting", cure="keep one")
         if name in model_keys:
             sections["model"][name] = value
         elif name in train_keys:
@@ -289,7 +317,7 @@ def _typed(value: Any, kind: Any, path: str, limits: dict[str, Any]) -> Any:
         kind = next(a for a in args if a is not type(None))
         return _typed(value, kind, path, limits)
     if dataclasses.is_dataclass(kind):
-        where, _, key = path.partition(": ")
+        where, _, key = path.rpartition(": ")  # a file's name may hold a colon, a key path does not
         return build(typing.cast(type, kind), value, where, key + ".")
     if origin is tuple:
         if not isinstance(value, list):
@@ -298,7 +326,7 @@ def _typed(value: Any, kind: Any, path: str, limits: dict[str, Any]) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong_type(path, "an object of strings", value)
-        return {k: _typed(v, args[1], f"{path}.{k}", {}) for k, v in value.items()}
+        return {k: _typed(v, args[1], f"{path}[{shown(k)}]", {}) for k, v in value.items()}
     return _in_range(_scalar(value, kind, path), path, limits)
 
 
@@ -306,12 +334,18 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ConfigError(f"{path}: expected a number", f"found {shown(value)}")
         if not math.isfinite(value):
             raise ConfigError(f"{path}: expected a finite number", f"found {value}")
         return value  # 1 stays 1: MyPT tells a share of steps from a count by the JSON type
     if kind is int and number and isinstance(value, int):
         return value
-    if kind in (bool, str) and isinstance(value, kind):
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise ConfigError(f"{path}: expected text", f"found {shown(value)}")
         return value
     raise _wrong_type(path, names[kind], value)
 
@@ -319,14 +353,13 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
 def _in_range(value: Any, path: str, limits: dict[str, Any]) -> Any:
     choices = limits.get("choices")
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        cure = f"did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"{path}: expected one of {', '.join(choices)}", f"found {value!r}", cure)
+        raise ConfigError(f"{path}: {not_among(value, choices)}")
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and any(
         limits.get(key) is not None and not holds(value, limits[key]) for key, _, holds in _RULES
     ):
-        raise ConfigError(f"{path} is out of range", f"found {value}", f"use {allowed(limits)}")
+        cure = f"use {allowed(limits)}"
+        raise ConfigError(f"{path} is out of range", f"found {shown(value)}", cure)
     return value
 
 
@@ -340,17 +373,35 @@ _RULES = (
 
 def allowed(limits: Any) -> str:
     """Describe a range in words: '>= 1 and <= 1024'."""
-    parts = [f"{sign} {limits[k]:g}" for k, sign, _ in _RULES if limits.get(k) is not None]
-    return " and ".join(parts)
+    rules = [(sign, limits[k]) for k, sign, _ in _RULES if limits.get(k) is not None]
+    return " and ".join(f"{s} {n if isinstance(n, int) else f'{n:g}'}" for s, n in rules)
+
+
+def not_among(value: str, choices: tuple[str, ...]) -> str:
+    """Say that `value` is none of the choices, and which one it is close to."""
+    near = difflib.get_close_matches(value.lower()[:60], choices, 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"expected one of {', '.join(choices)}; found {shown(value)}{hint}"
+
+
+def shown(value: object) -> str:
+    """Show a value of a file in a message: one short line whatever it holds."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    short.maxlevel = 2
+    return "null" if value is None else short.repr(value)
 
 
 def _unknown(key: str, where: str, known: list[str], prefix: str = "") -> ConfigError:
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
-    cure = f"the nearest valid key is '{prefix}{near[0]}'" if near else f"valid keys: {', '.join(sorted(known))}"  # fmt: skip
-    return ConfigError(f"{where}: unknown key '{prefix}{key}'", cure=cure)
+    near = difflib.get_close_matches(key.lower().replace("-", "_")[:60], known, 1)
+    if near:
+        cure = f"the nearest valid key is '{prefix}{near[0]}'"
+    elif len(known) <= 12:
+        cure = f"valid keys: {', '.join(sorted(known))}"
+    else:
+        cure = "`mypt-fast train --help` lists the settings, by the same names"
+    return ConfigError(f"{where}: unknown key {shown(prefix + key)}", cure=cure)
 
 
 def _wrong_type(path: str, wanted: str, found: object) -> ConfigError:
-    shown = "null" if found is None else repr(found)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return ConfigError(f"{path}: expected {wanted}", f"found {shown}")
+    return ConfigError(f"{path}: expected {wanted}", f"found {shown(found)}")

@@ -22,6 +22,15 @@ def duration(seconds: float) -> str:
     return f"{int(seconds / 60)}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
 
 
+def span(seconds: float) -> str:
+    """A duration to the second while seconds matter: '48s', '2m 31s', '3.4h'."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}m {int(seconds % 60)}s"
+    return duration(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 def token_count(n: float) -> str:
     """Millions, from a billion on billions: '34M', '7.37B'."""
     return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{int(n / 1e6)}M"
@@ -74,14 +83,17 @@ def gold_saved_line(val_loss: float, step: int) -> str:
     return f"  🏆 New GOLD checkpoint! val_loss={val_loss:.4f} at step {step}"
 
 
-def gold_blocked_line(val_loss: float, best: float, reason: str) -> str:
+def gold_blocked_line(val_loss: float, best: float | None, reason: str) -> str:
     """Seed wording of a new minimum that a guard refused."""
     kind, _, detail = reason.partition(": ")
     shown = f"{kind} ({detail})" if detail else kind
-    return f"  ⚠️  GOLD blocked: val {val_loss:.4f} < best {best:.4f} but {shown}"
+    below = f" < best {best:.4f}" if best is not None else ""
+    return f"  ⚠️  GOLD blocked: val {val_loss:.4f}{below} but {shown}"
 
 
-def finished_lines(run_dir: str, fp16_dir: str | None, gold: tuple[str, int, float] | None) -> list[str]:  # fmt: skip
+def finished_lines(
+    run_dir: str, fp16_dir: str | None, gold: tuple[str, int, float] | None
+) -> list[str]:
     """Return the 'Training finished!' block."""
     lines = ["Training finished!", f"  Resume training from: {run_dir}"]
     if fp16_dir:
@@ -119,10 +131,11 @@ class Live:
                 leave=False, dynamic_ncols=True,
             )  # fmt: skip
 
-    def micro(self, step: int, done: int, left: int) -> None:
-        """Show that a long step is under way."""
+    def within(self, step: int, done: int, left: int) -> None:
+        """Show that a step of several micro-steps is under way."""
         if self._bar is not None:
-            self._bar.set_description_str(f"step {step + 1}/{self.total} micro-step {done}")
+            text = f"step {step}/{self.total} | {done} of {done + left} sequences"
+            self._bar.set_description_str(text)
 
     def step(self, step: int, loss: float, tokens_per_s: float, peak_bytes: int) -> None:
         """Show a finished step."""
@@ -133,7 +146,7 @@ class Live:
         eta = (now - self._first[0]) / done * (self.total - step) if done else None
         text = (
             f"step {step}/{self.total} | loss {loss:.4f} | {count(tokens_per_s)} tok/s"
-            f" | {bytes_text(peak_bytes)} | ETA {duration(eta) if eta is not None else '...'}"
+            f" | {bytes_text(peak_bytes)} | ETA {span(eta) if eta is not None else '...'}"
         )
         if self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
@@ -175,5 +188,5 @@ class _Tee:
 def tee(path: Path) -> None:
     """Append everything printed from here on to `path` as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115: until the process ends
+    file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
     sys.stdout, sys.stderr = _Tee(sys.stdout, file), _Tee(sys.stderr, file)

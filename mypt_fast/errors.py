@@ -1,4 +1,4 @@
-"""The errors users see. Each carries what was asked, what was found and what to do, and an exit code."""
+"""The errors users see: what was asked, what was found, what to do, and an exit code."""
 
 
 class MyptError(Exception):

@@ -65,7 +65,7 @@ def find_vocab_bpe() -> bytes:
     for name, read in sources:
         try:
             return read()
-        except (OSError, ValueError, ImportError) as error:  # noqa: PERF203 - four rounds
+        except (OSError, ValueError, ImportError) as error:
             # requests' errors are OSErrors; their text can run over several lines.
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             failures.append(f"{name}: {reason}")

@@ -268,7 +268,8 @@ class GPT(nn.Module):
         if self.config.pos_encoding == "learned":
             x = x + self.position_embedding_table.weight[positions]
         else:
-            rope = (self.rope_cos[positions], self.rope_sin[positions])
+            tables: tuple[Tensor, Tensor] = (self.rope_cos, self.rope_sin)  # type: ignore[assignment]
+            rope = (tables[0][positions], tables[1][positions])
             if rope[0].dim() == 3:  # per row: a head axis to broadcast over
                 rope = (rope[0].unsqueeze(1), rope[1].unsqueeze(1))
         if self.training and self.config.neftune_alpha > 0:

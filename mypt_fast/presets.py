@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mypt_fast.config import ModelConfig, TrainConfig, split_flat
+from mypt_fast.config import ModelConfig, TrainConfig, shown, split_flat
 from mypt_fast.errors import ConfigError
 
 MAX_JSON_BYTES = 1 << 20  # a config is a page; anything larger is the wrong file
@@ -46,24 +46,28 @@ def read_json(path: Path, kind: str = "config", max_bytes: int = MAX_JSON_BYTES)
     """
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [k for k, _ in pairs]
-        twins = sorted({k for k in names if names.count(k) > 1})
-        if twins:
-            raise ConfigError(f"{path}: key '{twins[0]}' is given twice", cure="keep one of them")
-        return dict(pairs)
+        unique: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in unique:
+                text = f"{path}: key {shown(key)} is given twice"
+                raise ConfigError(text, cure="keep one of them")
+            unique[key] = value
+        return unique
 
     try:
         with open(path, "rb") as f:
             data = f.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ConfigError(f"{path}: a {kind} is at most {max_bytes >> 20} MiB", "it is larger")
-        return json.loads(data.decode("utf-8"), object_pairs_hook=no_twins)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=no_twins)
     except OSError as e:
         raise ConfigError(f"cannot read {kind} {path}", e.strerror or str(e)) from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: not UTF-8 text", f"byte {e.start}") from e
     except json.JSONDecodeError as e:
         raise ConfigError(f"{path}: not valid JSON", f"line {e.lineno}: {e.msg}") from e
+    except ValueError as e:  # CPython refuses to read an integer of thousands of digits
+        raise ConfigError(f"{path}: not valid JSON", "a number with thousands of digits") from e
     except RecursionError as e:
         raise ConfigError(f"{path}: nested too deeply", cure="presets are flat objects") from e
 
@@ -74,22 +78,25 @@ def find(name: str) -> Path:
     `configs/500M_1024.json`, `500M_1024.json` and `500M_1024` all find the shipped file when
     there is no such file in the working directory.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    root = shipped_dir()
+    path, root = Path(name), shipped_dir()
+    try:
+        if path.exists() and not path.is_dir():  # a pipe is fine: --config <(jq ...)
+            return path
+    except OSError as e:
+        raise ConfigError(f"cannot read config {shown(name)}", e.strerror or str(e)) from e
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     if not path.is_absolute() and parts and ".." not in parts:
-        for candidate in (root.joinpath(*parts), root.joinpath(*parts).with_suffix(".json")):
-            if candidate.is_file():
-                return candidate
-        dotted = root.joinpath(*parts[:-1], parts[-1] + ".json")  # 1.3B_1024 has a "suffix"
-        if dotted.is_file():
-            return dotted
-    known = {p.stem: p for p in shipped()}
-    near = difflib.get_close_matches(path.stem, known, 1)
-    cure = f"the nearest preset is '{near[0]}'" if near else "`mypt-fast configs` lists them"
-    raise ConfigError(f"no config file {name}", "no such file, and no preset of that name", cure)
+        last = parts[-1].removesuffix(".json") + ".json"  # 1.3B_1024 has a "suffix" of its own
+        candidate = root.joinpath(*parts[:-1], last)
+        if candidate.is_file():
+            return candidate
+    known = {p.stem: p.relative_to(root).as_posix().removesuffix(".json") for p in shipped()}
+    stem = path.name.removesuffix(".json")
+    near = [s for s in known if stem and s.lower().startswith(stem.lower())]
+    near = near or difflib.get_close_matches(stem, known, 1)
+    cure = f"the nearest preset is '{known[near[0]]}'" if near else "`mypt-fast configs` lists them"
+    found = "it is a folder" if path.is_dir() else "no such file, and no preset of that name"
+    raise ConfigError(f"no config file {shown(name)}", found, cure)
 
 
 def load(name: str | Path) -> Preset:

@@ -1,6 +1,7 @@
 """What a run will use: defaults < the saved run < a preset named now < flags. No torch."""
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from mypt_fast.config import (
     build,
     field_names,
     opt,
+    shown,
 )
 from mypt_fast.errors import ConfigError
 
 BUNDLE_HINTS = ("config.json", "model.pt")
+STATE_FILE = "training_state.json"
 
 
 @dataclass(kw_only=True)
@@ -24,7 +27,7 @@ class DataConfig:
     """Where a run's text comes from. One of `dataset_dir` and `input_file`."""
 
     dataset_dir: str | None = opt(None, "dataset made by `mypt-fast prepare`")
-    input_file: str | None = opt(None, "train on this text file directly; its last 10%% validates")
+    input_file: str | None = opt(None, "train on this text file directly; its last 10% validates")
     tokenization: str | None = opt(
         None, "tokens of --input_file and of the demo corpus", choices=("gpt2", "char")
     )
@@ -72,27 +75,41 @@ def resolve(
     Raises:
         ConfigError: with one line, on anything that does not fit.
     """
+    # an empty word is an unset shell variable: never the same as not given
+    words = {**typed, "model_name": model_name, "config_file": config_file}
+    for key in (k for k, v in words.items() if v == ""):
+        raise ConfigError(f"--{key} is empty", cure="give it a value, or drop the flag")
     preset = presets.load(config_file) if config_file else None
     name = model_name or (preset.path.stem if preset else "default")
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise ConfigError("--model_name is a plain name", f"found '{name}'", "it becomes a folder of checkpoints/")  # fmt: skip
+    if not _is_plain(name):
+        cure = "it becomes a folder of checkpoints/"
+        raise ConfigError("--model_name is a plain name", f"found {shown(name)}", cure)
     run_dir = checkpoints / name
     flags = {section: _pick(typed, section) for section in (ModelConfig, TrainConfig, DataConfig)}
     for section, values in flags.items():
         build(section, values, "command line")
     saved_config, saved_state = _saved(run_dir)
-    out = Settings(name, run_dir, ModelConfig(), TrainConfig(), DataConfig(), typed=frozenset(typed))  # fmt: skip
+    out = Settings(
+        name, run_dir, ModelConfig(), TrainConfig(), DataConfig(), typed=frozenset(typed)
+    )
     out.resume, out.saved_state = saved_config is not None, saved_state
     out.preset_path = preset.path if preset else None
     out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
     saved_run = _known(saved_state.get("training_config"), TrainConfig)
     from_preset = _given(preset, preset.train) if preset else {}
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
-    out.train = build(TrainConfig, merged, "settings")
+    # flags and preset were checked above: what is wrong from here on came from the saved run
+    out.train = build(TrainConfig, merged, str(run_dir / STATE_FILE) if saved_run else "settings")
     out.data = _data(flags[DataConfig], saved_state)
     out.model.check("settings")
     out.train.check("settings")
     return out
+
+
+def _is_plain(name: str) -> bool:
+    """A folder name that hides nothing and leads nowhere else."""
+    ends_well = name == name.strip() and not name.startswith(".")  # .name is a run's snapshot
+    return bool(name) and ends_well and name.isprintable() and not set(name) & set("/\\")
 
 
 def _pick(typed: dict[str, Any], section: type) -> dict[str, Any]:
@@ -105,11 +122,14 @@ def _saved(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     if not all((run_dir / n).is_file() for n in BUNDLE_HINTS):
         return None, {}
     config = presets.read_json(run_dir / "config.json")
-    state_path = run_dir / "training_state.json"
+    state_path = run_dir / STATE_FILE
     state = presets.read_json(state_path) if state_path.is_file() else {}
     for path, content in ((run_dir / "config.json", config), (state_path, state)):
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a JSON object", f"found {type(content).__name__}")
+    step = state.get("step")
+    if step is not None and (type(step) is not int or step < 0):
+        raise ConfigError(f"{state_path}: step: expected a whole number", f"found {shown(step)}")
     return config, state
 
 
@@ -117,14 +137,15 @@ def _known(raw: object, section: type) -> dict[str, Any]:
     """Keep a file's known keys: bundles carry other programs' keys too."""
     if not isinstance(raw, dict):
         return {}
-    kept = {k: v for k, v in raw.items() if k in set(field_names(section))}
-    # MyPT stores its saturation state inside the settings; read the settings only
-    nested = kept.get("token_accuracy_saturation")
-    if isinstance(nested, dict):
-        from mypt_fast.config import Saturation
-
-        known = set(field_names(Saturation))
-        kept["token_accuracy_saturation"] = {k: v for k, v in nested.items() if k in known}
+    kept = {}
+    for f in (f for f in dataclasses.fields(section) if f.name in raw):
+        value, kinds = raw[f.name], (f.type, *typing.get_args(f.type))
+        nested = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
+        if nested is None:
+            kept[f.name] = value
+        elif isinstance(value, dict):  # else MyPT takes its defaults, and so do we
+            # MyPT keeps its saturation state among the saturation settings: read the settings
+            kept[f.name] = _known(value, nested)  # type: ignore[arg-type]
     return kept
 
 
@@ -157,6 +178,7 @@ def _model(
         base |= {k: v for k, v in from_preset.items() if k not in ARCHITECTURE_KEYS}
     if source:
         known = build(ModelConfig, base, source)
+        known.check(source)
         for key in ARCHITECTURE_KEYS:
             if key in flags and flags[key] != getattr(known, key):
                 text = f"--{key} {flags[key]} is ignored: {source} has {getattr(known, key)}"

@@ -326,7 +326,7 @@ class _BpeBackend:
         # The batch call, unlike the single one, lets other threads run.
         try:
             (encoded,) = self._model.encode_batch_fast([text], add_special_tokens=False)
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):  # how it refuses a lone surrogate
             return self.encode(_without_surrogates(text))
         return np.array(encoded.ids, dtype=np.uint32)
 

@@ -11,13 +11,54 @@ from mypt_fast.model import GPT, KVCache, segment_positions
 
 BASE = {"vocab_size": 13, "block_size": 8, "n_embd": 12, "n_head": 2, "n_layer": 2, "dropout": 0.0}
 LLAMA = {"pos_encoding": "rope", "mlp_type": "swiglu", "norm_type": "rmsnorm"}
-CASES = {
-    "A": ({}, 4117, 26, (2.702764, 2.656413, 2.685218), (-0.34295, 0.12556, 0.70120, -0.58204), (0.23448, -0.14777, 0.40764), "bfjlcclc"),
-    "B": ({"bias": True}, 4213, 30, (2.553951, 2.531758, 2.545043), (0.05961, -0.33438, 0.65646, 0.16499), (0.48736, 0.51400, -0.65240), "bfjmbldb"),
-    "C": ({**LLAMA, "tie_weights": True}, 5989, 17, (2.648438, 2.177279, 2.664794), (-0.57194, 0.92758, -0.19559, -0.88057), (0.93580, 0.28475, -1.03571), "bfjjjjjj"),
-    "D": ({"pos_encoding": "rope", "rope_theta": 500.0, "rope_scale": 4.0}, 4021, 25, (2.687072, 2.752378, 2.685903), (-0.55088, 0.07934, 0.75172, -0.36738), (-0.78954, 0.71010, 0.33529), "bfjkcccc"),
-    "E": ({"mlp_type": "swiglu", "norm_type": "rmsnorm", "segment_position_reset": False}, 6241, 19, (2.707932, 3.254025, 2.680389), (0.67364, -0.75902, -0.29793, 0.94997), (-1.22092, 0.37426, 0.41962), "bfjefmef"),
-}  # fmt: skip
+# options, parameters, tensors, losses (plain, masked, packed), logits, packed logits, greedy text
+CASES: dict[str, tuple] = {
+    "A": (
+        {},
+        4117,
+        26,
+        (2.702764, 2.656413, 2.685218),
+        (-0.34295, 0.12556, 0.70120, -0.58204),
+        (0.23448, -0.14777, 0.40764),
+        "bfjlcclc",
+    ),
+    "B": (
+        {"bias": True},
+        4213,
+        30,
+        (2.553951, 2.531758, 2.545043),
+        (0.05961, -0.33438, 0.65646, 0.16499),
+        (0.48736, 0.51400, -0.65240),
+        "bfjmbldb",
+    ),
+    "C": (
+        {**LLAMA, "tie_weights": True},
+        5989,
+        17,
+        (2.648438, 2.177279, 2.664794),
+        (-0.57194, 0.92758, -0.19559, -0.88057),
+        (0.93580, 0.28475, -1.03571),
+        "bfjjjjjj",
+    ),
+    "D": (
+        {"pos_encoding": "rope", "rope_theta": 500.0, "rope_scale": 4.0},
+        4021,
+        25,
+        (2.687072, 2.752378, 2.685903),
+        (-0.55088, 0.07934, 0.75172, -0.36738),
+        (-0.78954, 0.71010, 0.33529),
+        "bfjkcccc",
+    ),
+    "E": (
+        {"mlp_type": "swiglu", "norm_type": "rmsnorm", "segment_position_reset": False},
+        6241,
+        19,
+        (2.707932, 3.254025, 2.680389),
+        (0.67364, -0.75902, -0.29793, 0.94997),
+        (-1.22092, 0.37426, 0.41962),
+        "bfjefmef",
+    ),
+}
 IDX = torch.tensor([[1, 5, 9, 2, 0, 12, 3, 7]])
 TARGETS = torch.tensor([[5, 9, 2, 0, 12, 3, 7, 1]])
 MASK = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2]])
@@ -81,9 +122,14 @@ def test_a_block_of_tokens_behind_cached_ones_equals_the_uncached_forward() -> N
 
 def test_rope_vector() -> None:
     x = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 1, 4)
-    for scale, want in ((1.0, (-1.984110594, 1.959900618, 2.462378025, 4.019799709)), (4.0, (0.226700544, 1.989993811, 3.154141188, 4.004987717))):  # fmt: skip
+    for scale, want in (
+        (1.0, (-1.984110594, 1.959900618, 2.462378025, 4.019799709)),
+        (4.0, (0.226700544, 1.989993811, 3.154141188, 4.004987717)),
+    ):
         cos, sin = kernels.rope_tables(2, 4, 1e4, scale)
-        torch.testing.assert_close(kernels.apply_rope(x, cos[1:], sin[1:]).flatten(), torch.tensor(want))  # fmt: skip
+        torch.testing.assert_close(
+            kernels.apply_rope(x, cos[1:], sin[1:]).flatten(), torch.tensor(want)
+        )
 
 
 def test_positions_restart_at_each_segment() -> None:
@@ -95,10 +141,19 @@ def test_state_dict_keys_are_those_of_the_format() -> None:
     gelu = set(GPT(ModelConfig(**BASE, bias=True)).state_dict())
     block = {"sa.qkv", "sa.proj", "fwd.net.0", "fwd.net.2", "ln1", "ln2"}
     expected = {f"blocks.{i}.{m}.{w}" for i in range(2) for m in block for w in ("weight", "bias")}
-    expected |= {"token_embedding_table.weight", "position_embedding_table.weight", "ln_f.weight", "ln_f.bias", "lm_head.weight", "lm_head.bias"}  # fmt: skip
+    expected |= {
+        "token_embedding_table.weight",
+        "position_embedding_table.weight",
+        "ln_f.weight",
+        "ln_f.bias",
+        "lm_head.weight",
+        "lm_head.bias",
+    }
     assert gelu == expected
     llama = GPT(ModelConfig(**BASE, **LLAMA, tie_weights=True)).state_dict()
-    assert {"blocks.0.fwd.w_gate.weight", "blocks.1.fwd.w_down.weight", "lm_head.weight"} <= set(llama)  # fmt: skip
+    assert {"blocks.0.fwd.w_gate.weight", "blocks.1.fwd.w_down.weight", "lm_head.weight"} <= set(
+        llama
+    )
     assert not any("rope" in k or "bias" in k for k in llama if k != "lm_head.bias")
     order = [k for k in llama if k.startswith("blocks.0")]
     assert [k.split(".")[2] for k in order] == ["sa", "sa", "fwd", "fwd", "fwd", "ln1", "ln2"]

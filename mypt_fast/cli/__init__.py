@@ -6,12 +6,14 @@ Only the command named in argv is imported; torch and numpy are imported inside 
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
 from typing import NoReturn
 
 from mypt_fast import __version__
+from mypt_fast.config import shown
 from mypt_fast.errors import MyptError
 
 COMMANDS = {
@@ -45,10 +47,11 @@ class Parser(argparse.ArgumentParser):
     def parse_or_suggest(self, argv: list[str]) -> argparse.Namespace:
         """Parse, and turn an unknown flag into an error with a suggestion."""
         args, unknown = self.parse_known_args(argv)
+        unknown = [w for w in unknown if w != "--"]  # a bare -- ends the flags, no more
         if unknown:
             flags = [s for a in self._actions for s in a.option_strings]
             word = next((w for w in unknown if w.startswith("-")), unknown[0])
-            near = difflib.get_close_matches(word.split("=")[0], flags, 1)
+            near = difflib.get_close_matches(word.split("=")[0].lower(), flags, 1)
             cure = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`"
             raise MyptError(f"unknown argument {word}", cure=cure)
         return args
@@ -59,7 +62,7 @@ def spell(argv: list[str]) -> list[str]:
 
     Only the name part before `=` of a `--word` changes, and nothing after a bare `--`.
     """
-    out = []
+    out: list[str] = []
     for i, word in enumerate(argv):
         if word == "--":
             return out + argv[i:]
@@ -88,12 +91,16 @@ def _front() -> Parser:
 def _dispatch(argv: list[str]) -> int:
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if name.startswith("-"):
-        _front().parse_or_suggest(spell(argv) or ["--help"])
+        later = next((w for w in argv if w in COMMANDS), None)
+        if later and name not in ("-h", "--help", "--version"):
+            cure = f"flags follow their command: mypt-fast {later} {name} ..."
+            raise MyptError(f"{name} comes before the command", cure=cure)
+        _front().parse_or_suggest(spell(argv))
         raise MyptError("no command given", cure="see `mypt-fast --help`")
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+        near = difflib.get_close_matches(name.lower(), COMMANDS, 1)
         cure = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
-        raise MyptError(f"unknown command '{name}'", cure=cure)
+        raise MyptError(f"unknown command {shown(name)}", cure=cure)
     module = importlib.import_module(f"mypt_fast.cli.cmd_{name}")
     parser = Parser(
         prog=f"mypt-fast {name}",
@@ -112,26 +119,36 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal that cannot show 🏆 is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = _dispatch(argv)
-        sys.stdout.flush()
+        try:
+            code = _dispatch(argv)
+        except SystemExit as e:  # argparse after --help and --version
+            code = e.code if isinstance(e.code, int) else 0
+        if sys.stdout:
+            sys.stdout.flush()
         return code
     except MyptError as e:
         return _fail(str(e), e.exit_code, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
     except BrokenPipeError:  # `mypt-fast ... | head` closed the pipe: not an error of anyone's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115: until the process ends
         return 0
     except OSError as e:  # full disk, permission: the environment's, with its own words
         return _fail(f"{e.filename or 'input/output'}: {e.strerror or e}", 2, debug)
     except Exception as e:
         text = f"internal error: {type(e).__name__}: {e}; this is a defect of mypt-fast"
-        return _fail(text.replace("\n", " ") + "; rerun with --debug and report it", 1, debug)
+        return _fail(text + "; rerun with --debug and report it", 1, debug)
 
 
 def _fail(text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {text}", file=sys.stderr)
+    # one line, whatever a file's name or key holds: no control character reaches the terminal
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace("\n", " "))
+    print(f"error: {line}", file=sys.stderr)
     return code

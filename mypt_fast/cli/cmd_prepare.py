@@ -58,7 +58,7 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="INPUT",
         help="text files of any name, .jsonl, .gz, directories (searched for text and source "
-        "code), quoted patterns, or - for standard input",
+        "code), quoted patterns, or - for plain text on standard input",
     )
     group.add_argument(
         "--input_files", nargs="+", default=[], metavar="INPUT", help="the same, as a flag"

@@ -27,10 +27,24 @@ SUPPRESS = True
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the run's own flags, then one per setting."""
     run = parser.add_argument_group("run")
-    run.add_argument("--model_name", metavar="NAME", help="run directory under checkpoints/ (default: the preset's name)")  # fmt: skip
-    run.add_argument("--config_file", metavar="FILE", help="preset: a JSON file, or the name of a shipped one; also --config")  # fmt: skip
-    run.add_argument("--dry_run", action="store_true", help="check everything, open the data, print the plan and stop")  # fmt: skip
-    run.add_argument("--strict", action="store_true", help="an ignored flag is an error, not a warning")  # fmt: skip
+    run.add_argument(
+        "--model_name",
+        metavar="NAME",
+        help="run directory under checkpoints/ (default: the preset's name)",
+    )
+    run.add_argument(
+        "--config_file",
+        metavar="FILE",
+        help="preset: a JSON file, or the name of a shipped one; also --config",
+    )
+    run.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, open the data, print the plan and stop",
+    )
+    run.add_argument(
+        "--strict", action="store_true", help="an ignored flag is an error, not a warning"
+    )
     flags.add_section(parser, settings.DataConfig, "data")
     flags.add_section(parser, TrainConfig, "training")
     flags.add_section(parser, ModelConfig, "model: run settings", role="run")
@@ -59,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(resolved: settings.Settings, dry_run: bool) -> int:
     # imported here: a wrong setting is reported before torch is loaded
-    from mypt_fast.training.run import open_run, plan_lines
+    from mypt_fast.training.plan import plan_lines
+    from mypt_fast.training.run import open_run
     from mypt_fast.training.trainer import Trainer, use_compile
 
     opened = open_run(resolved, _progress_bar if sys.stderr.isatty() else None)

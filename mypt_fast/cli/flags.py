@@ -6,10 +6,10 @@ Flags default to SUPPRESS, so a flag that was typed differs from one that was no
 import argparse
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mypt_fast.config import allowed
+from mypt_fast.config import allowed, not_among, shown
 
 TRUE, FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
 
@@ -32,7 +32,7 @@ class Switch(argparse.Action):
         """Store the boolean; an unknown word is a usage error."""
         word = "true" if values is None else str(values).lower()
         if word not in TRUE + FALSE:
-            parser.error(f"{option_string}: expected true or false; found '{values}'")
+            parser.error(f"{option_string}: expected true or false; found {shown(values)}")
         negated = (option_string or "").startswith("--no_")
         setattr(namespace, self.dest, (word in TRUE) is not negated)
 
@@ -59,11 +59,12 @@ def add_field(group: Any, f: Any) -> None:
     if kind is bool:
         group.add_argument(f"--{f.name}", action=Switch, **options)
         return
-    parse = _number if f.name == "warmup_iters" else kind
-    group.add_argument(
-        f"--{f.name}", type=parse, choices=meta.get("choices"),
-        metavar=None if meta.get("choices") else _letter(kind), **options,
-    )  # fmt: skip
+    if choices := meta.get("choices"):
+        options |= {"type": _one_of(choices), "metavar": "{" + ",".join(choices) + "}"}
+    else:
+        parse = _number if f.name == "warmup_iters" else {int: _whole, float: _real}.get(kind, kind)
+        options |= {"type": parse, "metavar": _letter(kind)}
+    group.add_argument(f"--{f.name}", **options)
 
 
 def given(args: argparse.Namespace, cls: Any) -> dict[str, Any]:
@@ -81,9 +82,30 @@ def _letter(kind: type) -> str:
     return {int: "N", float: "X", str: "NAME"}.get(kind, "VALUE")
 
 
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(not_among(text, choices))
+        return text
+
+    return parse
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as e:
+        text = f"expected a whole number; found {shown(text)}"
+        raise argparse.ArgumentTypeError(text) from e
+
+
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"expected a number; found {shown(text)}") from e
+
+
 def _number(text: str) -> int | float:
     # 0.05 is a share of max_iters, 500 a count of steps: keep the difference MyPT reads from it
-    return float(text) if any(c in text for c in ".eE") else int(text)
-
-
-_number.__name__ = "number"
+    return _whole(text) if text.strip("+-").isdigit() else _real(text)

@@ -10,6 +10,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import math
 import re
 import sys
 import zlib
@@ -55,7 +56,8 @@ class Reader:
     Args:
         text_field: the key of a JSONL row that holds the text.
         cleaning: MyPT's line pipeline, or None to leave every character as it is.
-        val_fraction: share of the documents that a hash of their beginning sends to validation.
+        val_fraction: share of the documents that a hash of their beginning sends to validation;
+            the first 1 / val_fraction documents always go to training.
         block_chars: the longest piece.
         on_bytes: called with the number of input bytes after each read.
     """
@@ -67,11 +69,12 @@ class Reader:
     on_bytes: Callable[[int], None] = lambda count: None
     skipped_empty: int = 0
     skipped_undecodable: int = 0
+    _documents_seen: int = 0
     _seen: set[bytes] = field(default_factory=set)
 
     def pieces(self, sources: Iterable[Source]) -> Iterator[Piece]:
         """Yield every document in order, in pieces of at most `block_chars` characters."""
-        self.skipped_empty = self.skipped_undecodable = 0
+        self.skipped_empty = self.skipped_undecodable = self._documents_seen = 0
         self._seen.clear()
         for source in sources:
             for blocks in self._documents(source):
@@ -80,19 +83,26 @@ class Reader:
     def _pieces_of(self, blocks: Iterable[str], split: str | None) -> Iterator[Piece]:
         if self.cleaning is not None:
             blocks = clean_lines(blocks, self.cleaning, self._seen)
-        starts = True
+        chosen, starts = "", True
         held: str | None = None
         for text in cut(blocks, self.block_chars):
             if held is not None:
-                yield Piece(held, split or "train", starts, False)
+                yield Piece(held, chosen, starts, False)
                 starts = False
-            elif split is None:
-                split = split_of(text, self.val_fraction)
+            else:
+                chosen = split or self._choose_split(text)
             held = text
         if held is None:
             self.skipped_empty += 1
         else:
-            yield Piece(held, split or "train", starts, True)
+            yield Piece(held, chosen, starts, True)
+
+    def _choose_split(self, text: str) -> str:
+        # With fewer documents than this a hash has nothing to spread; the writer then takes the
+        # end of the text for validation, and finds it in one piece.
+        self._documents_seen += 1
+        is_leading = self._documents_seen <= math.ceil(1 / self.val_fraction)
+        return "train" if is_leading else split_of(text, self.val_fraction)
 
     def _documents(self, source: Source) -> Iterator[Iterable[str]]:
         if source.is_jsonl:
@@ -175,12 +185,23 @@ def cut(blocks: Iterable[str], limit: int) -> Iterator[str]:
         yield held
 
 
-# Before white space that follows anything else: a piece of GPT-2's pattern never runs on into
-# white space, and its look-ahead only concerns runs of white space, which stay in one part.
-# str.isspace knows every character that \s does, so "not isspace" is safe on the left.
 _CUT_WHITE = " \n\t\r"
-# A long run without white space: before punctuation that follows a letter or a number.
 _CUT_MARKS = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~。，、；：！？")
+
+
+def is_before_white(text: str, at: int) -> bool:
+    """Whether `at` is where white space follows something else: no token spans such a place.
+
+    No piece of GPT-2's pattern runs on into white space, and its look-ahead concerns only runs of
+    white space, which stay in one part. str.isspace knows every character that the pattern counts
+    as white space, so "not isspace" is safe on the left.
+    """
+    return text[at] in _CUT_WHITE and not text[at - 1].isspace()
+
+
+def is_before_mark(text: str, at: int) -> bool:
+    """Whether `at` is where punctuation follows a letter or a number: other pieces begin there."""
+    return text[at] in _CUT_MARKS and text[at - 1].isalnum()
 
 
 def cut_position(text: str, start: int, end: int) -> int:
@@ -189,12 +210,10 @@ def cut_position(text: str, start: int, end: int) -> int:
     Only a run of `end - start` characters without any boundary (a megabyte of one letter) has
     none; it is cut at `end` and may differ there by a token from the uncut text.
     """
-    for at in range(end, start, -1):
-        if text[at] in _CUT_WHITE and not text[at - 1].isspace():
-            return at
-    for at in range(end, start, -1):
-        if text[at] in _CUT_MARKS and text[at - 1].isalnum():
-            return at
+    for is_boundary in (is_before_white, is_before_mark):
+        for at in range(end, start, -1):
+            if is_boundary(text, at):
+                return at
     return end
 
 

@@ -30,6 +30,7 @@ from mypt_fast.errors import DataError
 
 BACKENDS = ("auto", "native", "numpy")
 STATE_VERSION = 1
+_MAX_SAMPLES = 1 << 62  # far enough below 2^63 that no sum of positions overflows
 
 
 class TokenCorpus:
@@ -189,7 +190,7 @@ class TokenLoader:
         """Read samples [first_sample, first_sample + rows) without moving the position.
 
         Args:
-            first_sample: in [0, 2^63).
+            first_sample: in [0, 2^62).
             rows: how many.
             x: where to write the tokens, (rows, T) int64, or None for a new array.
             y: likewise for the targets, the tokens shifted by one.
@@ -197,6 +198,8 @@ class TokenLoader:
         Raises:
             DataError: a token id is not below vocab_size.
         """
+        if first_sample < 0 or first_sample + rows > _MAX_SAMPLES:
+            raise ValueError(f"samples [{first_sample}, +{rows}) are not in [0, 2^62)")
         return self._fill(first_sample, rows, x, y, first_sample + rows)
 
     def next(
@@ -250,7 +253,11 @@ class TokenLoader:
                 "use the data and settings of the saved run, or start a new data position",
             )
         sample = state.get("global_sample")
-        if not isinstance(sample, int) or isinstance(sample, bool) or not 0 <= sample < 1 << 62:
+        if (
+            not isinstance(sample, int)
+            or isinstance(sample, bool)
+            or not 0 <= sample < _MAX_SAMPLES
+        ):
             raise DataError("resuming the data position", f"global_sample is {sample!r}")
         self.position, self._taken = sample, 0
 

@@ -1,12 +1,12 @@
 """Text to a MyPT dataset: read, encode on all cores, write shards; memory does not grow with input.
 
-How documents are split. A document (a text file, a JSONL row, all of standard input) goes to
-validation when the hash of its first 65,536 characters falls under `val_fraction`, so the choice
-depends on nothing else and equal documents stay together. Hashing leaves the share to chance:
-when it comes out under half or over twice `val_fraction`, as with a single document, the end of
-the larger stream moves to the other until the share is right, beginning at a document's start if
-one will do, else inside a document. Neither split is ever empty. The demo corpus is
-split by file.
+How documents are split. The first 1 / `val_fraction` documents (text files, JSONL rows, all of
+standard input) are training data. A later one goes to validation when the hash of its first 65,536
+characters falls under `val_fraction`, so equal documents stay together. Hashing leaves the share to
+chance: when validation holds under half or over twice `val_fraction` of the tokens, the end of one
+stream moves to the other until the share is right, beginning at a document's start if one will do,
+else inside a document: of a single document, the last tokens are validation. Neither split is ever
+empty. The demo corpus is split by file.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mypt_fast.data.shard_writer import (
     STATE_NAME,
     SplitWriter,
     Tokens,
+    balance,
     read_metadata,
     refuse_foreign,
     staging,
@@ -83,7 +84,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[s
             `out_dir` before is untouched then.
     """
     _check_options(options)
-    out_dir = Path(os.path.abspath(options.out_dir))
+    out_dir = Path(os.path.realpath(options.out_dir))
     sources = stdlib_sources() if options.demo else find_inputs(options.input_files)
     digest = fingerprint(sources)
     existing = refuse_foreign(out_dir)
@@ -102,15 +103,33 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[s
 
 
 def ensure_demo_dataset(out_dir: Path, tokenization: str, progress: Progress | None = None) -> Path:
-    """Return `out_dir` holding the demo corpus, built now unless it is already there and whole."""
+    """Return `out_dir` holding the demo corpus, built now unless it is already there and whole.
+
+    With several processes, call it in one and let the others wait: two builders at a time would
+    take each other's result away.
+
+    Raises:
+        DataError: `out_dir` holds something else, which is left alone.
+    """
+    options = PrepareOptions(out_dir, tokenization=tokenization, demo=True)
     metadata = read_metadata(out_dir)
-    if metadata is not None and metadata.get("tokenization") == tokenization:
+    used = metadata.get("options") if metadata is not None else None
+    if metadata is not None and used == _recorded(options):
         is_same = metadata.get("corpus_fingerprint") == fingerprint(stdlib_sources())
         if is_same and (out_dir / STATE_NAME).is_file() and _has_all_shards(out_dir, metadata):
             return out_dir
-    options = PrepareOptions(out_dir, tokenization=tokenization, demo=True, overwrite=True)
-    prepare(options, progress)
+    # An older demo makes way; a dataset that someone prepared from text of their own does not.
+    is_demo = isinstance(used, dict) and used.get("demo") is True
+    prepare(replace(options, overwrite=is_demo), progress)
     return out_dir
+
+
+def _recorded(options: PrepareOptions) -> dict[str, Any]:
+    """Return the options that decide what the tokens are."""
+    used = asdict(options)
+    for key in ("out_dir", "input_files", "overwrite", "workers"):
+        del used[key]
+    return used
 
 
 def _has_all_shards(folder: Path, metadata: dict[str, Any]) -> bool:
@@ -198,7 +217,11 @@ def _build(
     }
     try:
         _write_tokens(options, tokenizer, reader, sources, writers)
-        rule = "by file" if options.demo else _balance(writers, options.val_fraction)
+        rule = (
+            "by file"
+            if options.demo
+            else balance(writers["train"], writers["val"], options.val_fraction)
+        )
         for writer in writers.values():
             writer.close()
     finally:
@@ -336,35 +359,6 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _balance(writers: dict[str, SplitWriter], val_fraction: float) -> str:
-    """Move a tail between the splits where the hash left one of them too small; name the rule."""
-    train, val = writers["train"], writers["val"]
-    total = train.tokens + val.tokens
-    low = max(1, int(total * val_fraction / 2))
-    high = min(total - 1, int(total * min(2 * val_fraction, (1 + val_fraction) / 2)))
-    if low <= val.tokens <= high:
-        return "by document"
-    wanted = min(max(round(total * val_fraction), 1), total - 1)
-    if val.tokens < low:
-        source, target, count = train, val, wanted - val.tokens
-        fewest, most = low - val.tokens, high - val.tokens
-    else:
-        source, target, count = val, train, val.tokens - wanted
-        fewest, most = val.tokens - high, val.tokens - low
-    starts = source.document_starts()
-    # A view of the starts that would leave the share acceptable.
-    fitting = starts[
-        np.searchsorted(starts, source.tokens - most) : np.searchsorted(
-            starts, source.tokens - fewest, side="right"
-        )
-    ]
-    if len(fitting):
-        at = min(int(np.searchsorted(fitting, source.tokens - count)), len(fitting) - 1)
-        count = source.tokens - int(fitting[at])
-    source.move_tail(count, target)
-    return "by document, then a tail of whole ones" if len(fitting) else "by document, then a tail"
-
-
 def _metadata(
     options: PrepareOptions,
     tokenizer: Tokenizer,
@@ -373,9 +367,6 @@ def _metadata(
     sources: list[Source],
 ) -> dict[str, Any]:
     train, val = writers["train"], writers["val"]
-    used = asdict(options)
-    for key in ("out_dir", "input_files", "overwrite", "workers"):
-        del used[key]
     return {
         "total_tokens": train.tokens + val.tokens,
         "total_shards": len(train.shards) + len(val.shards),
@@ -396,5 +387,5 @@ def _metadata(
         "skipped_undecodable_files": reader.skipped_undecodable,
         "max_token": max(train.max_token, val.max_token),
         "shards": [*train.shards, *val.shards],
-        "options": used,
+        "options": _recorded(options),
     }

@@ -16,7 +16,7 @@ from mypt_fast.errors import DataError, IntegrityError
 Int64 = NDArray[np.int64]
 Tokens = NDArray[np.unsignedinteger[Any]]
 
-_BLOCK = 1024  # samples whose starts NumPy computes at once: 100 us, for 8 as for 1024 of them
+_BLOCK = 1024  # samples whose starts NumPy computes at once: 0.6 ms, where 8 take 0.2 ms
 
 
 class BatchReader(Protocol):
@@ -73,6 +73,12 @@ class NumpyReader:
         self._arrays = [array for array in arrays if array.size]
         self._ends = np.cumsum([array.size for array in self._arrays])
         self._begins = self._ends - [array.size for array in self._arrays]
+        width = order.seq_len + 1
+        self._windows = {
+            shard: np.lib.stride_tricks.sliding_window_view(array, width)
+            for shard, array in enumerate(self._arrays)
+            if array.size >= width
+        }
         self._block_first = 0
         self._block = np.empty(0, dtype=np.int64)
 
@@ -85,10 +91,11 @@ class NumpyReader:
         shards = np.searchsorted(self._ends, starts, side="right")
         whole = starts + T + 1 <= self._ends[shards]
         for shard in np.unique(shards[whole]).tolist():
-            rows = np.flatnonzero(whole & (shards == shard))
-            windows = np.lib.stride_tricks.sliding_window_view(self._arrays[shard], T + 1)
-            block = windows[starts[rows] - self._begins[shard]]
-            x[rows], y[rows] = block[:, :-1], block[:, 1:]
+            rows = whole & (shards == shard)
+            block = self._windows[shard][starts[rows] - self._begins[shard]]
+            # Assigning to all rows is several times faster than to a selection of them.
+            where = slice(None) if rows.all() else rows
+            x[where], y[where] = block[:, :-1], block[:, 1:]
         for row in np.flatnonzero(~whole).tolist():
             span = self._span(int(starts[row]), T + 1, int(shards[row]))
             x[row], y[row] = span[:-1], span[1:]
@@ -97,8 +104,8 @@ class NumpyReader:
     def _starts(self, first_sample: int, rows: int) -> Int64:
         offset = first_sample - self._block_first
         if not 0 <= offset <= len(self._block) - rows:
-            offset, self._block_first = 0, first_sample
             self._block = self._order.starts(first_sample, max(rows, _BLOCK))
+            offset, self._block_first = 0, first_sample
         return self._block[offset : offset + rows]
 
     def _span(self, start: int, count: int, shard: int) -> Int64:

@@ -148,6 +148,38 @@ class SplitWriter:
         last["xxh3_128"] = digest.hexdigest()
 
 
+def balance(train: SplitWriter, val: SplitWriter, val_fraction: float) -> str:
+    """Move a tail between the splits where chance left validation too small or too large.
+
+    Returns:
+        The rule by which the split came about, in words.
+    """
+    total = train.tokens + val.tokens
+    low = max(1, int(total * val_fraction / 2))
+    high = min(total - 1, int(total * min(2 * val_fraction, (1 + val_fraction) / 2)))
+    if low <= val.tokens <= high:
+        return "by document"
+    wanted = min(max(round(total * val_fraction), 1), total - 1)
+    if val.tokens < low:
+        source, target, count = train, val, wanted - val.tokens
+        fewest, most = low - val.tokens, high - val.tokens
+    else:
+        source, target, count = val, train, val.tokens - wanted
+        fewest, most = val.tokens - high, val.tokens - low
+    starts = source.document_starts()
+    # A view of the starts that would leave the share acceptable.
+    fitting = starts[
+        np.searchsorted(starts, source.tokens - most) : np.searchsorted(
+            starts, source.tokens - fewest, side="right"
+        )
+    ]
+    if len(fitting):
+        at = min(int(np.searchsorted(fitting, source.tokens - count)), len(fitting) - 1)
+        count = source.tokens - int(fitting[at])
+    source.move_tail(count, target)
+    return "by document, then a tail of whole ones" if len(fitting) else "by document, then a tail"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that is complete or absent: a temporary file, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -175,7 +207,7 @@ def refuse_foreign(folder: Path) -> dict[str, Any] | None:
         DataError: the name is taken by something that is not a dataset of ours.
     """
     cure = "choose another --out_dir, or move it away yourself"
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    if folder.exists() and not folder.is_dir():
         raise DataError(f"--out_dir {folder}", "exists and is not a directory", cure)
     try:
         names = sorted(os.listdir(folder))

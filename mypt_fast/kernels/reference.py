@@ -3,6 +3,8 @@
 Shapes: B batch, T time, C width, H heads, D head size, V vocabulary, N rows.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+    """RMSNorm over the last dimension: x * rsqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
 
     The statistic is taken in fp32 whatever the dtype of x: (..., C); weight: (C,).
     """
@@ -29,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv 2002.05202); both (..., F)."""
+    """SwiGLU, silu(gate) * up (arXiv 2002.05202); both (..., F)."""
     return F.silu(gate) * up
 
 
@@ -65,8 +67,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Chunked head: the gradients are made in the forward, where each chunk's logits are."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -75,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        need = ctx.needs_input_grad  # type: ignore[attr-defined]
+        need = ctx.needs_input_grad
         w = weight.to(dtype)
         b = bias.to(dtype) if bias is not None else None
         total = x.new_zeros((), dtype=torch.float32)
@@ -108,11 +110,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif dw is not None:
                 dw += low.T @ xc
         ctx.save_for_backward(dx, dw, db)
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)  # type: ignore[attr-defined]
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         return total
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
         # saved once, used once: scaling in place saves a copy of the V x C gradient
         dx = dx.mul_(grad.to(dx.dtype)) if dx is not None else None
@@ -133,7 +135,10 @@ def linear_cross_entropy(
     """Sum over rows of weight_i * cross_entropy(x_i W^T + b, target_i), logits never whole.
 
     Args:
-        x: (N, C). weight: (V, C). bias: (V,) or None. targets: (N,) int64.
+        x: (N, C).
+        weight: (V, C).
+        bias: (V,) or None.
+        targets: (N,) int64.
         row_weights: (N,) fp32 factor per row, or None for 1.
         ignore_index: rows with this target count nothing.
 

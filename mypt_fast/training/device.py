@@ -56,7 +56,9 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
             "drop --device, or pass --device cpu",
         )
     if wanted != "auto":
-        return torch.device("cpu"), f"device {wanted} is stored in the config; no GPU here, using the CPU"  # fmt: skip
+        return torch.device(
+            "cpu"
+        ), f"device {wanted} is stored in the config; no GPU here, using the CPU"
     return torch.device("cpu"), None
 
 
@@ -142,7 +144,10 @@ def _meminfo_available() -> int | None:
 
 def _cgroup_free() -> list[int]:
     root = Path("/sys/fs/cgroup")
-    pairs = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # fmt: skip
+    pairs = (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
     free = []
     for limit, used in pairs:
         try:

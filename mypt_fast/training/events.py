@@ -18,7 +18,7 @@ class EventLog:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab")  # noqa: SIM115: lives as long as the run
+            self._file = open(path, "ab")  # noqa: SIM115
         except OSError as e:
             raise CheckpointError(
                 f"cannot write the log {path}", e.strerror or str(e), "choose another --log_file"
@@ -39,14 +39,14 @@ class EventLog:
         """Bytes written so far."""
         return self._file.tell()
 
-    def rewind(self, position: int, prefix_ok: bool) -> int:
+    def rewind(self, position: int) -> int:
         """Drop what was logged after `position`: the resumed run logs those steps again.
 
-        Returns the number of bytes dropped; does nothing when the file is not the one that was
-        saved (`prefix_ok` False) or holds less.
+        Returns the number of bytes dropped: 0 when the file holds less, or when `position` is
+        not the end of a line, so that it is not the file whose position was saved.
         """
         size = self.path.stat().st_size
-        if not prefix_ok or position >= size or not _ends_line(self.path, position):
+        if position >= size or not _ends_line(self.path, position):
             return 0
         os.truncate(self.path, position)
         self._file.seek(0, os.SEEK_END)

@@ -105,7 +105,7 @@ def test_the_demo_corpus_is_in_hash_order_with_every_tenth_file_for_validation(
 
 
 def test_a_missing_library_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="0 source files.*--input_files"):
+    with pytest.raises(DataError, match=r"0 source files.*--input_files"):
         stdlib_files(tmp_path)
 
 

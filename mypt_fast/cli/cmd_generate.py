@@ -1,0 +1,197 @@
+"""`mypt-fast generate`: continue a prompt with a trained model."""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mypt_fast import console
+from mypt_fast.cli.flags import Switch
+from mypt_fast.errors import ConfigError, DataError
+
+HELP = "write text with a trained model"
+DESCRIPTION = """\
+Continue a prompt. Text goes to stdout as it is written, everything else to stderr. Texts longer
+than the model's context slide on: the window moves, generation does not stop."""
+EXAMPLES = """\
+examples:
+  mypt-fast generate --model_name book --prompt "Once upon"
+  mypt-fast generate --model_name book_gold --preset creative --num_samples 3 --seed 1
+  mypt-fast generate --model_name book --prompt_file start.txt --max_new_tokens 2000 > story.txt
+  cat start.txt | mypt-fast generate --model_name book --prompt - --json"""
+SUPPRESS = True
+
+# temperature, top_k, top_p, repetition_penalty (MyPT specification 10.1)
+PRESETS = {
+    "chat": (0.7, 50, 0.9, 1.1),
+    "creative": (1.0, 100, 0.95, 1.2),
+    "factual": (0.3, 10, 0.8, 1.0),
+    "code": (0.2, 40, 0.95, 1.0),
+    "deterministic": (0.0, 1, 1.0, 1.0),
+}
+MODES = {"qa": "factual", "creative": "creative", "factual": "factual", "code": "code"}
+SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what to write, how to sample and what to show."""
+    text = parser.add_argument_group("text")
+    text.add_argument("--model_name", metavar="NAME", help="run under checkpoints/, its NAME_gold or NAME_fp16, or a path (default: default)")  # fmt: skip
+    text.add_argument("--prompt", metavar="TEXT", help="text to continue, or - for stdin (default: start a new text)")  # fmt: skip
+    text.add_argument("--prompt_file", metavar="FILE", help="read the prompt from a UTF-8 file, or - for stdin")  # fmt: skip
+    text.add_argument("--escapes", action=Switch, help=r"read \n, \t, \r and \\ in --prompt as escapes")  # fmt: skip
+    text.add_argument("--max_new_tokens", type=int, metavar="N", help="length of the continuation (default: 100)")  # fmt: skip
+    text.add_argument("--num_samples", type=int, metavar="N", help="texts to write, seeds counted up (default: 1)")  # fmt: skip
+    text.add_argument("--stop_tokens", nargs="+", metavar="TOKEN", help="further tokens to stop after: ids, or strings of one token")  # fmt: skip
+    text.add_argument("--repeat_window", type=int, metavar="N", help="stop when the last N tokens repeat the N before; 0: never (default: 32)")  # fmt: skip
+    how = parser.add_argument_group("sampling (a flag wins over --preset, a preset over --mode)")
+    how.add_argument("--mode", choices=("basic", *MODES), help="settings for a purpose; qa is factual (default: basic)")  # fmt: skip
+    how.add_argument("--preset", choices=tuple(PRESETS), help="named settings; deterministic takes the likeliest token")  # fmt: skip
+    how.add_argument("--temperature", type=float, metavar="X", help="0: always the likeliest token (default: 0.8)")  # fmt: skip
+    how.add_argument("--top_k", type=int, metavar="N", help="only the N likeliest; 0: all (default: 50)")  # fmt: skip
+    how.add_argument("--top_p", type=float, metavar="X", help="only the likeliest of this mass; 1: all (default: 0.95)")  # fmt: skip
+    how.add_argument("--repetition_penalty", type=float, metavar="X", help="against ids of the last 256 tokens; 1: none (default: 1.1)")  # fmt: skip
+    how.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a new one each time)")  # fmt: skip
+    out = parser.add_argument_group("output")
+    out.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the GPU where there is one)")  # fmt: skip
+    out.add_argument("--show_info", action="store_true", default=False, help="model, settings and speed on stderr")  # fmt: skip
+    out.add_argument("--json", action="store_true", default=False, help="one JSON object instead of text")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write; returns the exit code."""
+    given = vars(args)
+    count = int(given.get("num_samples", 1))
+    settings = sampling(given)
+    for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("repeat_window", 0), ("seed", 0)):  # fmt: skip
+        if given.get(name, least) < least:
+            raise ConfigError(f"--{name} is out of range", f"found {given[name]}", f"use >= {least}")  # fmt: skip
+    prompt = read_prompt(given)
+    from mypt_fast.checkpoint.manifest import locate
+
+    path = locate(given.get("model_name", "default"))
+    loaded = _load(path, given.get("device"))
+    for text in loaded.notices:
+        console.notice(f"note: {text}")
+    settings |= {
+        "max_new_tokens": given.get("max_new_tokens", 100),
+        "stop_tokens": [_stop_id(loaded.tokenizer, word) for word in given.get("stop_tokens", [])],
+    }
+    if "repeat_window" in given:
+        settings["repeat_window"] = given["repeat_window"]
+    if args.show_info:
+        _show_model(path, loaded, settings)
+    first = given.get("seed", secrets.randbits(32))
+    try:
+        texts = [
+            _write(loaded, prompt, settings, first + i, args, label=i if count > 1 else None)
+            for i in range(count)
+        ]
+    except KeyboardInterrupt:  # what was written stays; the line ends
+        print(flush=True)
+        console.notice("interrupted")
+        return 130
+    if args.json:
+        print(json.dumps({"model": str(path), "step": loaded.step, "prompt": prompt, "settings": settings, "samples": texts}, ensure_ascii=False, indent=2))  # fmt: skip
+    return 0
+
+
+def sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """Settle temperature, top_k, top_p and penalty: defaults < mode < preset < flags."""
+    values = dict(SETTINGS)
+    for name in (MODES.get(given.get("mode", "basic")), given.get("preset")):
+        if name:
+            values = dict(zip(SETTINGS, PRESETS[name], strict=True))
+    return {**values, **{k: given[k] for k in SETTINGS if k in given}}
+
+
+def read_prompt(given: dict[str, Any]) -> str:
+    """Return the prompt, every character as it was typed."""
+    if "prompt" in given and "prompt_file" in given:
+        raise ConfigError("--prompt and --prompt_file are both given", cure="name one")
+    source = given.get("prompt_file", "-" if given.get("prompt") == "-" else None)
+    if source is None:
+        text = str(given.get("prompt", ""))
+        if given.get("escapes", False):
+            text = re.sub(r"\\[ntr\\]", lambda m: ESCAPES[m.group()], text)
+        return text
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"prompt from {source} is not UTF-8 text", f"byte {e.start}") from e
+    except OSError as e:
+        raise DataError(f"cannot read prompt {source}", e.strerror or str(e)) from e
+
+
+def _load(path: Path, requested: str | None) -> Any:
+    import torch
+
+    from mypt_fast import generate
+    from mypt_fast.training import device as devices
+
+    device, note = devices.pick(requested, explicit=requested is not None)
+    if note:
+        console.notice(f"note: {note}")
+    precision, _ = devices.precision(device, True, "bf16", explicit=False)
+    dtype = precision.dtype if device.type == "cuda" else torch.float32
+    return generate.load(path, device, dtype)
+
+
+def _stop_id(tokenizer: Any, word: str) -> int:
+    if word.lstrip("-").isdigit():
+        return int(word)
+    ids = tokenizer.encode(word)
+    if len(ids) != 1:
+        raise ConfigError(f"--stop_tokens {word!r}", f"it is {len(ids)} tokens", "name one token, or its id")  # fmt: skip
+    return int(ids[0])
+
+
+def _write(
+    loaded: Any, prompt: str, settings: dict[str, Any], seed: int, args: Any, label: int | None
+) -> dict[str, Any]:
+    """Write one text, streaming it unless JSON was asked for; returns what a machine would read."""
+    from mypt_fast.generate import generate, stream_text
+
+    generation = generate(loaded.model, loaded.tokenizer, prompt, seed=seed, **settings)
+    show = not args.json
+    if show:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            with contextlib.suppress(io.UnsupportedOperation):
+                sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows ?
+        if label is not None:
+            print(f"--- sample {label + 1} (seed {seed}) ---")
+        print(prompt, end="", flush=True)
+    parts, start = [], time.perf_counter()
+    for part in stream_text(loaded.tokenizer, generation):
+        parts.append(part)
+        if show:
+            print(part, end="", flush=True)
+    seconds = time.perf_counter() - start
+    if show:
+        print(flush=True)
+    n = len(generation.ids) - generation.n_prompt
+    if args.show_info:
+        console.notice(f"{n} tokens in {seconds:.2f} s ({n / max(seconds, 1e-9):.1f} tok/s), stopped: {generation.stopped}, seed {seed}")  # fmt: skip
+    return {
+        "text": prompt + "".join(parts), "completion": "".join(parts), "seed": seed,
+        "tokens": generation.ids[generation.n_prompt :], "stopped": generation.stopped,
+        "seconds": round(seconds, 4), "tokens_per_sec": round(n / max(seconds, 1e-9), 1),
+    }  # fmt: skip
+
+
+def _show_model(path: Path, loaded: Any, settings: dict[str, Any]) -> None:
+    from mypt_fast.accounting import count_parameters
+
+    cfg, weight = loaded.model.config, loaded.model.lm_head.weight
+    n = console.count(count_parameters(cfg).total)
+    console.notice(f"model    {path}, step {loaded.step}: {n} parameters, context {cfg.block_size}, {loaded.tokenizer.kind} vocabulary of {cfg.vocab_size}")  # fmt: skip
+    console.notice(f"device   {weight.device}, {str(weight.dtype).removeprefix('torch.')}")
+    console.notice("sampling " + ", ".join(f"{k} {v}" for k, v in settings.items()))

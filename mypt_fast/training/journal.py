@@ -1,0 +1,178 @@
+"""The events of a run as they happen: JSONL fields and the lines people read, in one place."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from typing import Any
+
+from mypt_fast import accounting, console
+from mypt_fast.config import GoldSelection
+from mypt_fast.training.events import SCHEMA, EventLog, loss6
+from mypt_fast.training.gold import Decision, GoldState
+from mypt_fast.training.run import Run
+from mypt_fast.training.schedule import warmup_steps
+
+# Fields MyPT logs for masked data; token datasets have no masks.
+NO_MASKS = {
+    "train_masked_token_acc": None, "val_masked_token_acc": None,
+    "train_masked_token_count": 0, "val_masked_token_count": 0, "masked_acc_gap": None,
+    "saturation_detected": False, "saturation_reason": None, "saturation_step": None,
+}  # fmt: skip
+
+
+class Journal:
+    """Writes one run's events and console lines; times count from its construction."""
+
+    def __init__(self, run: Run, log: EventLog, start_step: int, sources: dict[str, Any]) -> None:
+        self.run, self.log, self.start_step, self.sources = run, log, start_step, sources
+        self.train, self.cfg = run.settings.train, run.settings.model
+        self.tokens_per_step = run.settings.global_batch * run.settings.model.block_size
+        self.started, self._clock = datetime.datetime.now(), time.perf_counter()
+        self.strategy = (self.train.gold_selection or GoldSelection()).strategy
+
+    def _so_far(self, step: int) -> dict[str, Any]:
+        elapsed = round(time.perf_counter() - self._clock, 1)
+        tokens = (step - self.start_step) * self.tokens_per_step
+        return {"elapsed_s": elapsed, "tokens_processed": tokens}
+
+    def start(self) -> None:
+        """Log the settings of this start or resume."""
+        tc, cfg, precision = self.train, self.cfg, self.run.precision.name
+        self.log.write(
+            "training_start",
+            schema=SCHEMA,
+            config={
+                "max_iters": tc.max_iters,
+                "start_step": self.start_step,
+                "learning_rate": tc.learning_rate,
+                "warmup_iters": warmup_steps(tc.warmup_iters, tc.max_iters),
+                "grad_clip": tc.grad_clip,
+                "grad_accum_steps": tc.grad_accum_steps,
+                "batch_size": cfg.batch_size,
+                "block_size": cfg.block_size,
+                "tokens_per_step": self.tokens_per_step,
+                "eval_interval": tc.eval_interval,
+                "eval_iters": tc.eval_iters,
+                "use_amp": precision != "fp32",
+                "amp_dtype": precision,
+                **self.sources,
+                "gold_selection": tc.to_dict()["gold_selection"],
+                "micro_batch_size": self.run.micro_batch,
+                "seed": tc.seed,
+            },
+            model={
+                "total_params": accounting.count_parameters(cfg).total,
+                "n_layer": cfg.n_layer,
+                "n_head": cfg.n_head,
+                "n_embd": cfg.n_embd,
+                "pos_encoding": cfg.pos_encoding,
+                "mlp_type": cfg.mlp_type,
+                "norm_type": cfg.norm_type,
+            },
+        )
+
+    def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
+        """Log one optimizer step."""
+        self.log.write(
+            "train",
+            iter=step,
+            loss=loss6(loss),
+            lr=lr,
+            grad_norm=loss6(norm),
+            tokens_per_sec=round(self.tokens_per_step / seconds),
+            **({} if math.isfinite(norm) else {"skipped": True}),
+        )
+
+    def phase(self, step: int, name: str) -> None:
+        """Log that the data changed."""
+        self.log.write("phase_switch", iter=step, **self._so_far(step), new_phase=name)
+        console.say(f"  phase: {name}")
+
+    def evaluation(
+        self,
+        step: int,
+        phase: str,
+        lr: float,
+        val: float,
+        others: dict[str, float],
+        train: float | None,
+        seconds: float,
+    ) -> None:
+        """Log an evaluation and print MyPT's two lines; `seconds` it took do not count."""
+        so_far = self._so_far(step)
+        so_far["elapsed_s"] = round(so_far["elapsed_s"] - seconds, 1)
+        done, span = step - self.start_step, max(1, self.train.max_iters - self.start_step)
+        if not done:
+            console.say()
+        for line in console.eval_lines(
+            step=step, start_step=self.start_step, max_iters=self.train.max_iters,
+            elapsed_s=so_far["elapsed_s"], tokens=so_far["tokens_processed"], val_loss=val,
+            lr=lr, phase=phase, eval_sets=others,
+        ):  # fmt: skip
+            console.say(line)
+        self.log.write(
+            "eval",
+            iter=step,
+            **so_far,
+            progress_pct=round(100 * done / span, 2),
+            lr=lr,
+            phase=phase,
+            val_loss=loss6(val),
+            train_loss=loss6(train),
+            **NO_MASKS,
+            **{f"eval_{name}": loss6(loss) for name, loss in others.items()},
+            eval_duration_s=round(seconds, 1),
+        )
+
+    def gold(
+        self, step: int, val: float, decision: Decision, state: GoldState, final: bool
+    ) -> None:
+        """Log a gold save, or a new minimum that a guard blocked; nothing otherwise."""
+        prev = decision.prev_best
+        common: dict[str, Any] = {
+            "iter": step,
+            "strategy": self.strategy,
+            "val_loss": loss6(val),
+            "best_gold_val_loss": loss6(state.best_gold_val_loss),
+            "best_gate_metric": None,
+            "gate_pass": None,
+            "gate_metric": None,
+        }
+        if decision.save:
+            event = "gold_checkpoint_final_eval" if final else "gold_checkpoint"
+            self.log.write(event, **common, prev_best=loss6(prev))
+            console.say(console.gold_saved_line(val, step))
+        elif decision.reason is not None:
+            self.log.write(
+                "gold_blocked", **common, best_val_loss=loss6(prev), reason=decision.reason
+            )
+            console.say(console.gold_blocked_line(val, prev, decision.reason))
+
+    def complete(self, step: int, train: float, val: float, gold: GoldState) -> None:
+        """Log the end of the run and print the totals."""
+        elapsed, steps = time.perf_counter() - self._clock, step - self.start_step
+        tokens = steps * self.tokens_per_step
+        self.log.write(
+            "training_complete",
+            started_at=self.started.isoformat(),
+            total_elapsed_s=round(elapsed, 1),
+            total_elapsed_h=round(elapsed / 3600, 2),
+            total_steps=steps,
+            total_tokens=tokens,
+            steps_per_sec=round(steps / elapsed, 3),
+            tokens_per_sec=round(tokens / elapsed),
+            final_train_loss=loss6(train),
+            final_val_loss=loss6(val),
+            best_val_loss=loss6(gold.best_val_loss),
+            best_gold_val_loss=loss6(gold.best_gold_val_loss),
+            best_gate_metric=None,
+            gold_strategy=self.strategy,
+            gold_step=gold.gold_step,
+            **self.sources,
+        )
+        console.say(
+            f"final: train {train:.4f} | val {val:.4f} | {console.count(tokens)} tokens in "
+            f"{console.span(elapsed)} | {tokens / elapsed:,.0f} tokens/s"
+        )

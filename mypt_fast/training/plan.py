@@ -1,0 +1,124 @@
+"""The plan of a run: the micro-batch that fits, and what people read before it starts."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from mypt_fast import accounting, console
+from mypt_fast.config import ModelConfig
+from mypt_fast.errors import ConfigError
+from mypt_fast.settings import Settings
+from mypt_fast.training import device as devices
+
+if TYPE_CHECKING:
+    from mypt_fast.training.run import Run
+
+MEMORY_SHARE = 0.9  # of what is free: the estimate is not exact, and others use the machine
+MODEL_SHARE = 0.6  # of a bare matmul's speed that a whole training step reaches, roughly
+
+
+def activation_kind(precision: devices.Precision) -> dict[str, int | bool]:
+    """How `accounting` should count activations for this device and precision."""
+    return {
+        "element_bytes": 4 if precision.dtype is torch.float32 else 2,
+        "attention_matrix": precision.device_type == "cpu",
+    }
+
+
+def choose_micro_batch(
+    settings: Settings, precision: devices.Precision, free: int, notices: list[str]
+) -> int:
+    """Sequences per forward: as typed, as the saved run chose, or the largest that fits.
+
+    The global batch never changes. Where not even one sequence fits, `use_checkpoint` is turned
+    on; where that does not help either, a notice says so and one sequence is tried.
+    """
+    cfg, wanted = settings.model, settings.train.micro_batch_size
+    if wanted > settings.global_batch:
+        raise ConfigError(
+            "micro_batch_size is larger than the global batch",
+            f"found {wanted} > {settings.global_batch}",
+        )
+    # another split would draw dropout in another order
+    rows = wanted or saved_micro_batch(settings) or _fitting(cfg, precision, free)
+    if rows:
+        return rows
+    cfg.use_checkpoint = True
+    rows = _fitting(cfg, precision, free)
+    if rows:
+        notices.append("use_checkpoint is on: keeping every activation would not fit memory")
+        return rows
+    need = console.bytes_text(accounting.state_bytes(cfg).total)
+    notices.append(
+        f"this model may not fit: weights, gradients and moments take {need} of "
+        f"{console.bytes_text(free)} free"
+    )
+    return 1
+
+
+def saved_micro_batch(settings: Settings) -> int | None:
+    """The split a resumed run was trained with, if it is for the same global batch."""
+    plan = settings.saved_state.get("plan")
+    if not isinstance(plan, dict) or plan.get("global_batch") != settings.global_batch:
+        return None
+    rows = plan.get("micro_batch_size")
+    return rows if isinstance(rows, int) and 0 < rows <= settings.global_batch else None
+
+
+def _fitting(cfg: ModelConfig, precision: devices.Precision, free: int) -> int | None:
+    usable = int(free * MEMORY_SHARE)
+    return accounting.micro_batch_that_fits(cfg, usable, **activation_kind(precision))
+
+
+def estimated_tokens_per_s(run: Run) -> float:
+    """A rough speed: model FLOPs at a share of a short matmul's rate on this device."""
+    n = 1024
+    a = torch.ones(n, n, device=run.device, dtype=run.precision.dtype)
+    rates = []
+    for _ in range(6):  # the first is warm-up; the best of the rest hides other programs
+        began = time.perf_counter()
+        a @ a
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        rates.append(2 * n**3 / (time.perf_counter() - began))
+    return MODEL_SHARE * max(rates[1:]) / accounting.flops_per_token(run.settings.model)
+
+
+def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
+    """The plan of a run as people read it."""
+    s, cfg, train = run.settings, run.settings.model, run.settings.train
+    tokens_per_step = s.global_batch * cfg.block_size
+    speed = estimated_tokens_per_s(run)
+    eta = max(0, train.max_iters - start_step) * tokens_per_step / speed
+    passes = train.max_iters * tokens_per_step / run.train_tokens
+    micro_steps = math.ceil(s.global_batch / run.micro_batch)
+    parameters = console.count(accounting.count_parameters(cfg).total)
+    ways = [run.precision.name, "compiled" if compiled else "eager"]
+    ways += ["activations recomputed"] if cfg.use_checkpoint else []
+    resumed = " (resumed)" if s.resume else ""
+    count = console.count
+    return [
+        f"run     {s.model_name}: steps {start_step} to {train.max_iters} in {s.run_dir}{resumed}",
+        f"model   {parameters} parameters: {cfg.n_layer} layers x {cfg.n_embd}, context "
+        f"{cfg.block_size}, {run.tokenizer.kind} vocabulary of {cfg.vocab_size}",
+        f"data    {run.phases[0].source}: {count(run.train_tokens)} train and "
+        f"{count(run.val_tokens)} val tokens; {passes:.2g} passes over it",
+        f"batch   {s.global_batch} sequences = {tokens_per_step:,} tokens a step, in "
+        f"{micro_steps} micro-step(s) of {run.micro_batch}",
+        f"device  {devices.describe(run.device)}: {', '.join(ways)}; {run.loader_note}",
+        f"memory  about {console.bytes_text(needed_bytes(run))} of "
+        f"{console.bytes_text(run.free_bytes)} free",
+        f"time    about {console.span(eta)} at {count(speed)} tokens/s, guessed from a matmul",
+    ]
+
+
+def needed_bytes(run: Run) -> int:
+    """Estimated peak memory of the run: state, activations of a micro-batch, head."""
+    cfg = run.settings.model
+    kept = accounting.activation_bytes(cfg, **activation_kind(run.precision))  # type: ignore[arg-type]
+    fixed = accounting.state_bytes(cfg).total + accounting.HEAD_CHUNK_BYTES
+    return fixed + run.micro_batch * kept

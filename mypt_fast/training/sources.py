@@ -1,0 +1,214 @@
+"""Resolve a run's data source: a dataset, a text file, curriculum phases, or the demo corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mypt_fast.config import CurriculumPhase
+from mypt_fast.data.loader import TokenCorpus, TokenLoader
+from mypt_fast.errors import DataError
+from mypt_fast.presets import read_json
+from mypt_fast.settings import Settings
+from mypt_fast.tokenizer import Tokenizer
+
+MAX_TOKENIZER_BYTES = 64 << 20
+Corpora = tuple[TokenCorpus, TokenCorpus]  # train, val
+
+
+@dataclass
+class Phase:
+    """A stretch of steps on one dataset."""
+
+    name: str
+    until: int | None
+    train: TokenLoader
+    val: TokenLoader
+    source: str
+
+
+class DataOpener:
+    """Opens the data of one run; raises DataError with one line where it does not fit.
+
+    Args:
+        settings: of the run; `settings.model.vocab_size` is set from the tokenizer.
+        notices: lines for the user are appended here.
+        progress: called with (phase, done, total) while the demo corpus is made.
+    """
+
+    def __init__(
+        self, settings: Settings, notices: list[str], progress: Callable[..., Any] | None
+    ) -> None:
+        self.settings, self.notices, self.progress = settings, notices, progress
+        self.loader_note = ""
+        path = settings.run_dir / "tokenizer.json"
+        has_saved = settings.resume and path.is_file()
+        self.saved_tokenizer = (
+            read_json(path, "tokenizer", MAX_TOKENIZER_BYTES) if has_saved else None
+        )
+
+    def open(self) -> tuple[Tokenizer, list[Phase], int, int]:
+        """Open the training data; returns tokenizer, phases and token counts."""
+        data, curriculum = self.settings.data, self.settings.train.curriculum
+        if data.input_file:
+            tokenizer, corpora = self._text(Path(data.input_file))
+            self._fit_vocabulary(tokenizer, data.input_file)
+            phases = [self._phase("train", None, corpora, data.input_file)]
+            return tokenizer, phases, corpora[0].n_tokens, corpora[1].n_tokens
+        parts = list(curriculum.phases) if curriculum else []
+        if not parts:
+            parts = [CurriculumPhase(name="train", dataset_dir=data.dataset_dir or self._demo())]
+        elif data.dataset_dir:
+            parts[0] = CurriculumPhase(**{**vars(parts[0]), "dataset_dir": data.dataset_dir})
+        tokenizer = self._dataset_tokenizer(parts[0].dataset_dir)
+        self._fit_vocabulary(tokenizer, parts[0].dataset_dir)
+        opened = []
+        for part in parts:
+            self._same_tokenizer(tokenizer, part.dataset_dir)
+            corpora = self._dataset(part.dataset_dir)
+            opened.append((part, corpora))
+        phases = [
+            self._phase(p.name or f"phase {i + 1}", p.until_iter, c, p.dataset_dir)
+            for i, (p, c) in enumerate(opened)
+        ]
+        data.dataset_dir = parts[0].dataset_dir
+        return tokenizer, phases, opened[0][1][0].n_tokens, opened[0][1][1].n_tokens
+
+    def eval_sets(self, tokenizer: Tokenizer) -> dict[str, TokenLoader]:
+        """Open the further validation sets, by name."""
+        named = dict(self.settings.train.eval_sets or {})
+        if self.settings.data.eval_dataset_dir:
+            named["general"] = self.settings.data.eval_dataset_dir
+        loaders = {}
+        for name, folder in named.items():
+            self._same_tokenizer(tokenizer, folder)
+            loaders[name] = self._eval_loader(TokenCorpus.from_dataset(folder, "val"))
+        return loaders
+
+    def _phase(self, name: str, until: int | None, corpora: Corpora, source: str) -> Phase:
+        cfg, s = self.settings.model, self.settings
+        train = TokenLoader(
+            corpora[0],
+            cfg.block_size,
+            seed=s.train.seed,
+            global_batch=s.global_batch,
+            vocab_size=cfg.vocab_size,
+        )
+        self.loader_note = corpora[0].backend_note
+        return Phase(name, until, train, self._eval_loader(corpora[1]), source)
+
+    def _eval_loader(self, corpus: TokenCorpus) -> TokenLoader:
+        cfg = self.settings.model
+        seed = self.settings.train.eval_seed
+        return TokenLoader(corpus, cfg.block_size, seed=seed, vocab_size=cfg.vocab_size)
+
+    def _dataset(self, folder: str) -> Corpora:
+        path = Path(folder)
+        return TokenCorpus.from_dataset(path, "train"), TokenCorpus.from_dataset(path, "val")
+
+    def _demo(self) -> str:
+        from mypt_fast.data.prepare import ensure_demo_dataset
+
+        if self.settings.resume:
+            raise DataError(
+                f"{self.settings.run_dir} does not say what data it was trained on",
+                cure="name it with --dataset_dir or --input_file",
+            )
+        kind = self._tokenization()
+        folder = Path("data") / f"demo_{kind}"
+        self.notices.append(
+            f"no data named: training on Python's standard library sources ({kind}, {folder})"
+        )
+        return str(ensure_demo_dataset(folder, kind, self.progress))
+
+    def _tokenization(self) -> str:
+        """Char for a vocabulary that cannot hold GPT-2's, unless the user says."""
+        small = self.settings.model.vocab_size < 50257
+        return self.settings.data.tokenization or ("char" if small else "gpt2")
+
+    def _text(self, path: Path) -> tuple[Tokenizer, Corpora]:
+        text = _read_text(path)
+        if self.saved_tokenizer is not None:
+            tokenizer = Tokenizer.from_state(self.saved_tokenizer)
+        elif self._tokenization() == "char":
+            tokenizer = Tokenizer.from_text(text)
+        else:
+            tokenizer = Tokenizer.gpt2()
+        tokens = np.asarray(tokenizer.encode_to_numpy(text))
+        cut = int(0.9 * len(tokens))
+        return tokenizer, (
+            TokenCorpus.from_tokens(tokens[:cut]),
+            TokenCorpus.from_tokens(tokens[cut:]),
+        )
+
+    def _dataset_tokenizer(self, folder: str) -> Tokenizer:
+        path = Path(folder) / "tokenizer_state.json"
+        if not Path(folder).is_dir():
+            raise DataError(
+                f"no dataset {folder}", "no such folder", "make it with `mypt-fast prepare`"
+            )
+        if not path.is_file():
+            raise DataError(
+                f"{path} is missing",
+                cure=f"prepare {folder} again, or copy its tokenizer state there",
+            )
+        return Tokenizer.from_state(read_json(path, "tokenizer", MAX_TOKENIZER_BYTES))
+
+    def _same_tokenizer(self, tokenizer: Tokenizer, folder: str) -> None:
+        other = self._dataset_tokenizer(folder)
+        expected = self.saved_tokenizer and Tokenizer.from_state(self.saved_tokenizer)
+        for known, whose in ((tokenizer, "this run's data"), (expected, "the saved run")):
+            if known and not _interchangeable(known, other):
+                raise DataError(
+                    f"{folder} has another vocabulary than {whose}",
+                    f"{other.kind} of {other.n_tokens} tokens, not {known.kind} of {known.n_tokens}",
+                    "prepare it with the same tokenizer",
+                )
+
+    def _fit_vocabulary(self, tokenizer: Tokenizer, source: str) -> None:
+        cfg = self.settings.model
+        needed = tokenizer.model_vocab_size
+        if self.settings.resume:
+            if tokenizer.n_tokens > cfg.vocab_size:
+                raise DataError(
+                    f"vocabulary of {source} does not fit the model",
+                    f"{tokenizer.n_tokens} tokens, model {cfg.vocab_size}",
+                    "use the data the model was trained on, or start another run",
+                )
+        elif tokenizer.kind == "gpt2":
+            if cfg.vocab_size < tokenizer.n_tokens:
+                raise DataError(
+                    f"vocabulary of {source} does not fit the model",
+                    f"gpt2 has {tokenizer.n_tokens} tokens, the model's vocab_size is {cfg.vocab_size}",
+                    "prepare it with --tokenization char, or use a preset with vocab_size 50304",
+                )
+        else:
+            cfg.vocab_size = needed
+
+
+def _interchangeable(a: Tokenizer, b: Tokenizer) -> bool:
+    """Same ids for the same text; the padded model size may differ."""
+    states = [{k: v for k, v in t.get_state().items() if k != "model_vocab_size"} for t in (a, b)]
+    return states[0] == states[1]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise DataError(f"cannot read {path}", e.strerror or str(e), "check --input_file") from e
+    if not data.strip():
+        raise DataError(f"{path} is empty", cure="name a text file with something in it")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{path} is not UTF-8 text", f"byte {e.start}", "convert it, or name a text file"
+        ) from e
+    if "\0" in text:
+        raise DataError(f"{path} is not text", f"NUL at character {text.index(chr(0))}")
+    return text

@@ -1,0 +1,253 @@
+"""What a run saves and how it comes back: bundle members, resume state, data position."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mypt_fast import accounting, console
+from mypt_fast.checkpoint import bundle as bundles
+from mypt_fast.config import GoldSelection
+from mypt_fast.errors import CheckpointError, IntegrityError
+from mypt_fast.model import GPT
+from mypt_fast.training import device as devices
+from mypt_fast.training.events import EventLog
+from mypt_fast.training.gold import GoldState
+from mypt_fast.training.run import Run
+
+SHAPE_FIELDS = (
+    "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
+    "pos_encoding", "mlp_type", "norm_type",
+)  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """How far a run is, beyond weights and data position."""
+
+    gold: GoldState = field(default_factory=GoldState)
+    last_eval_step: int = -1
+    losses_since_eval: list[float] = field(default_factory=list)
+
+    def recent_train_loss(self) -> float | None:
+        """Mean training loss since the last evaluation; None before the first step."""
+        recent = self.losses_since_eval
+        return sum(recent) / len(recent) if recent else None
+
+
+class Store:
+    """Saves and restores one run's state.
+
+    Args:
+        run: the opened run.
+        log: its event log, whose position is saved with the state.
+    """
+
+    def __init__(self, run: Run, log: EventLog) -> None:
+        self.run, self.log, self.settings = run, log, run.settings
+        self.start_step = 0
+        self.progress = Progress()
+        self.model: GPT
+        self.optimizer: torch.optim.Optimizer
+        self.scaler: torch.amp.GradScaler
+
+    @property
+    def gold_dir(self) -> Path:
+        """`<name>_gold` beside the run directory."""
+        return self._beside("_gold")
+
+    def _beside(self, suffix: str) -> Path:
+        return self.settings.run_dir.with_name(self.settings.run_dir.name + suffix)
+
+    # saving
+
+    def save(self, step: int) -> None:
+        """Publish the run directory at `step`."""
+        self._write(self.settings.run_dir, step, self.settings.model.save_dtype)
+
+    def save_gold(self, step: int) -> None:
+        """Publish the gold directory, optimizer included: a run can continue from it."""
+        self._write(self.gold_dir, step, self.settings.model.save_dtype)
+
+    def save_fp16(self, step: int) -> Path:
+        """Publish half-precision weights to deploy, without optimizer; returns the directory."""
+        target = self._beside("_fp16")
+        self._write(target, step, "fp16", optimizer=False)
+        return target
+
+    def _write(self, target: Path, step: int, dtype: str | None, optimizer: bool = True) -> None:
+        self.log.sync()
+        preset = self.settings.preset_path
+        bundles.write(
+            target,
+            config=self.settings.model.to_dict(),
+            state_dict=self.model.state_dict(),
+            tokenizer=self.run.tokenizer.get_state(),
+            training_state=self._training_state(step, dtype, optimizer),
+            optimizer=self.optimizer.state_dict() if optimizer else None,
+            gold_state=self._gold_file(step) if target == self.settings.run_dir else None,
+            original_config=preset.read_bytes() if preset and preset.is_file() else None,
+            save_dtype=dtype,
+            state=self._resume_state(step) if optimizer else {"step": step},
+        )
+
+    def _training_state(self, step: int, dtype: str | None, optimizer: bool) -> dict[str, Any]:
+        cfg = self.settings.model
+        shape = {name: getattr(cfg, name) for name in SHAPE_FIELDS}
+        state: dict[str, Any] = {
+            "step": step,
+            "training_config": {
+                **self.settings.train.to_dict(),
+                **vars(self.settings.data),
+                **self.sources(),
+                "start_step": self.start_step,
+                "save_dtype": dtype,
+                "model_params": {
+                    **shape,
+                    "total_params": accounting.count_parameters(cfg).total,
+                },
+            },
+            "model_dtype_at_save": "float32",
+        }
+        if dtype:
+            state["checkpoint_dtype"] = dtype
+        if optimizer:
+            state["optimizer_file"] = "optimizer.pt"
+        state["plan"] = {
+            "micro_batch_size": self.run.micro_batch,
+            "global_batch": self.settings.global_batch,
+            "use_checkpoint": cfg.use_checkpoint,
+            "precision": self.run.precision.name,
+        }
+        return state
+
+    def _gold_file(self, step: int) -> dict[str, Any]:
+        rules = self.settings.train.gold_selection or GoldSelection()
+        gold = self.progress.gold
+        shown = ("enabled", "metric_path", "metric_goal", "pass_path", "require_pass")
+        return {
+            "strategy": rules.strategy,
+            "iter": step,
+            "best_val_loss": gold.best_val_loss,
+            "best_gold_val_loss": gold.best_gold_val_loss,
+            "best_gate_metric": None,
+            "gold_step": gold.gold_step,
+            "external_gate": {name: getattr(rules.external_gate, name) for name in shown},
+            "last_gate": None,
+        }
+
+    def _resume_state(self, step: int) -> dict[str, Any]:
+        rng = devices.rng_state(self.run.device)
+        return {
+            "step": step,
+            "rng": {k: base64.b64encode(v.numpy().tobytes()).decode() for k, v in rng.items()},
+            "data": [
+                {"phase": p.name, "source": p.source, "state": p.train.state_dict()}
+                for p in self.run.phases
+            ],
+            "progress": asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+            "log": {"path": str(self.log.path), "bytes": self.log.position},
+        }
+
+    def sources(self) -> dict[str, Any]:
+        """Preset file and dataset of the run, as the log and the bundle name them."""
+        preset = self.settings.preset_path
+        saved = self.settings.saved_state.get("training_config") or {}
+        return {
+            "config_file": str(preset) if preset else saved.get("config_file"),
+            "dataset_dir": self.settings.data.dataset_dir,
+        }
+
+    # restoring
+
+    def read(self) -> bundles.Bundle | None:
+        """Read and verify the run directory, None for a new run."""
+        return bundles.read(self.settings.run_dir) if self.settings.resume else None
+
+    def restore_weights(self, saved: bundles.Bundle) -> None:
+        """Load the weights into the model; raises CheckpointError if they do not fit."""
+        try:
+            self.model.load_state_dict(saved.state_dict)
+        except RuntimeError as e:
+            problem = " ".join(str(e).split())[:200]
+            raise CheckpointError(
+                f"weights in {saved.path} do not fit its config.json",
+                problem,
+                "undo the edit of config.json",
+            ) from e
+
+    def restore(self, saved: bundles.Bundle) -> None:
+        """Restore step, moments, RNG, data position, gold and log position.
+
+        A bundle without our manifest (written by MyPT, or rewritten since) gives its step, its
+        moments and a data position counted from the step; one notice says so.
+        """
+        for notice in saved.notices:
+            console.notice(notice)
+        step = saved.training_state.get("step") or 0
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise CheckpointError(f"{saved.path}/training_state.json: step", f"found {step!r}")
+        self.start_step = step
+        self._restore_optimizer(saved)
+        state = saved.manifest
+        if state is None or "data" not in state:
+            if step:
+                console.notice(f"{saved.path.name}: no data position; counting it from the step")
+            for phase in self.run.phases:
+                phase.train.position = step * self.settings.global_batch
+            return
+        try:
+            self._restore_manifest(state)
+        except (KeyError, TypeError, ValueError) as e:
+            raise IntegrityError(
+                f"{saved.path}/manifest.json cannot be used",
+                f"{type(e).__name__}: {e}",
+                "delete it to continue without RNG, data position and gold state",
+            ) from e
+
+    def _restore_optimizer(self, saved: bundles.Bundle) -> None:
+        if saved.optimizer is None:
+            if self.start_step:
+                console.notice(f"{saved.path.name}: no optimizer.pt; its moments start from zero")
+            return
+        try:
+            self.optimizer.load_state_dict(saved.optimizer)
+        except (ValueError, KeyError) as e:
+            raise IntegrityError(
+                f"{saved.path / 'optimizer.pt'} does not fit the model",
+                str(e),
+                "delete it to start the moments from zero",
+            ) from e
+
+    def _restore_manifest(self, state: dict[str, Any]) -> None:
+        rng = {k: _tensor(v) for k, v in state["rng"].items()}
+        devices.set_rng_state(rng, self.run.device)
+        progress = dict(state["progress"])
+        self.progress = Progress(**{**progress, "gold": GoldState(**progress["gold"])})
+        self.scaler.load_state_dict(state["scaler"])
+        positions = {(d["phase"], d["source"]): d["state"] for d in state["data"]}
+        for phase in self.run.phases:
+            position = positions.get((phase.name, phase.source))
+            if position is not None:
+                phase.train.load_state_dict(position)
+            else:
+                known = ", ".join(source for _, source in positions)
+                console.notice(
+                    f"data changed from {known} to {phase.source}: its order starts anew"
+                )
+        if state["log"]["path"] == str(self.log.path):
+            dropped = self.log.rewind(int(state["log"]["bytes"]))
+            if dropped:
+                console.notice(
+                    f"{self.log.path}: {dropped} bytes from after step {self.start_step} dropped; "
+                    "those steps run again"
+                )
+
+
+def _tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
