@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,19 +78,33 @@ def find_vocab_bpe() -> bytes:
     )
 
 
-@functools.lru_cache(maxsize=1)
 def gpt2_encoding() -> Any:
-    """Return the one `tiktoken.Encoding` of this process, built from the verified ranks."""
-    ranks = ranks_from_vocab_bpe(find_vocab_bpe())
-    import tiktoken
+    """Return this thread's own `tiktoken.Encoding`, built once from the verified ranks.
 
-    return tiktoken.Encoding(
-        name="gpt2",
-        explicit_n_vocab=GPT2_BASE_VOCAB,
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": GPT2_BASE_VOCAB - 1},
-    )
+    Threads that share one also share the scratch memory of its regex, which only the first to use
+    it gets without a lock: two threads reached 26 MB/s together, with one each 36 (18 alone).
+    Building one takes 16 ms.
+    """
+    encoding = getattr(_per_thread, "encoding", None)
+    if encoding is None:
+        import tiktoken
+
+        encoding = _per_thread.encoding = tiktoken.Encoding(
+            name="gpt2",
+            explicit_n_vocab=GPT2_BASE_VOCAB,
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=_gpt2_ranks(),
+            special_tokens={"<|endoftext|>": GPT2_BASE_VOCAB - 1},
+        )
+    return encoding
+
+
+_per_thread = threading.local()
+
+
+@functools.lru_cache(maxsize=1)
+def _gpt2_ranks() -> dict[bytes, int]:
+    return ranks_from_vocab_bpe(find_vocab_bpe())
 
 
 def _verified(path: Path) -> bytes:

@@ -104,7 +104,7 @@ def load(name: str | Path) -> Preset:
     path = find(str(name))
     raw = read_json(path)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected one JSON object", f"found {type(raw).__name__}")
+        raise ConfigError(f"{path}: expected one JSON object", f"found {shown(raw)}")
     model, train, display = split_flat(raw, str(path))
     given = frozenset("save_interval" if k == "save_every" else k for k in raw)
     title = display.get("name") or path.stem

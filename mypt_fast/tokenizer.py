@@ -250,11 +250,11 @@ def _without_surrogates(text: str) -> str:
 
 class _Gpt2Backend:
     def __init__(self) -> None:
-        self._encoding = gpt2_encoding()
+        gpt2_encoding()  # missing files are reported here, not at the first use
 
     def encode(self, text: str) -> Tokens:
         try:
-            ids: Tokens = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids: Tokens = gpt2_encoding().encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self.encode(_without_surrogates(text))
         return ids
@@ -262,7 +262,7 @@ class _Gpt2Backend:
     def token_bytes(self, token: int) -> bytes | None:
         if not 0 <= token < GPT2_BASE_VOCAB:
             return None
-        data: bytes = self._encoding.decode_single_token_bytes(token)
+        data: bytes = gpt2_encoding().decode_single_token_bytes(token)
         return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,13 @@ def test_a_download_is_checked_before_it_enters_the_cache(
     Response.content = vocab_bpe
     assert gpt2_files.find_vocab_bpe() == vocab_bpe
     assert [path.name for path in sources["cache"].parent.iterdir()] == [gpt2_files.CACHE_NAME]
+
+
+def test_each_thread_has_an_encoding_of_its_own() -> None:
+    package_file()
+    mine = gpt2_files.gpt2_encoding()
+    assert gpt2_files.gpt2_encoding() is mine
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(gpt2_files.gpt2_encoding).result()
+    assert other is not mine
+    assert other.encode_ordinary("Hello world") == [15496, 995]

@@ -13,7 +13,6 @@ import traceback
 from typing import NoReturn
 
 from mypt_fast import __version__
-from mypt_fast.config import shown
 from mypt_fast.errors import MyptError
 
 COMMANDS = {
@@ -95,12 +94,12 @@ def _dispatch(argv: list[str]) -> int:
         if later and name not in ("-h", "--help", "--version"):
             cure = f"flags follow their command: mypt-fast {later} {name} ..."
             raise MyptError(f"{name} comes before the command", cure=cure)
-        _front().parse_or_suggest(spell(argv))
+        _front().parse_or_suggest(spell(argv) or ["--help"])
         raise MyptError("no command given", cure="see `mypt-fast --help`")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name.lower(), COMMANDS, 1)
         cure = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
-        raise MyptError(f"unknown command {shown(name)}", cure=cure)
+        raise MyptError(f"unknown command '{name}'", cure=cure)
     module = importlib.import_module(f"mypt_fast.cli.cmd_{name}")
     parser = Parser(
         prog=f"mypt-fast {name}",
@@ -119,9 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a terminal that cannot show 🏆 is no reason to stop
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal without 🏆 stops a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -136,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130, debug)
     except BrokenPipeError:  # `mypt-fast ... | head` closed the pipe: not an error of anyone's
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115: until the process ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:  # full disk, permission: the environment's, with its own words
         return _fail(f"{e.filename or 'input/output'}: {e.strerror or e}", 2, debug)

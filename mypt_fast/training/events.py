@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mypt_fast.errors import CheckpointError
 
@@ -12,17 +12,29 @@ SCHEMA = 1
 
 
 class EventLog:
-    """Appends events; `position` is where a resumed run continues."""
+    """Appends events; the file is opened at the first one.
+
+    Raises:
+        CheckpointError: at once, if the file cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._open: IO[bytes] | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab")  # noqa: SIM115
+            with open(path, "ab"):
+                pass
         except OSError as e:
             raise CheckpointError(
                 f"cannot write the log {path}", e.strerror or str(e), "choose another --log_file"
             ) from e
+
+    @property
+    def _file(self) -> IO[bytes]:
+        if self._open is None:
+            self._open = open(self.path, "ab")  # noqa: SIM115
+        return self._open
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with a local naive ISO timestamp after `event` and `iter`."""
@@ -49,7 +61,6 @@ class EventLog:
         if position >= size or not _ends_line(self.path, position):
             return 0
         os.truncate(self.path, position)
-        self._file.seek(0, os.SEEK_END)
         return size - position
 
     def sync(self) -> None:
@@ -59,7 +70,9 @@ class EventLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
 
 def _ends_line(path: Path, position: int) -> bool:

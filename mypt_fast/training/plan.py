@@ -76,7 +76,7 @@ def _fitting(cfg: ModelConfig, precision: devices.Precision, free: int) -> int |
 
 def estimated_tokens_per_s(run: Run) -> float:
     """A rough speed: model FLOPs at a share of a short matmul's rate on this device."""
-    n = 1024
+    n = 512
     a = torch.ones(n, n, device=run.device, dtype=run.precision.dtype)
     rates = []
     for _ in range(6):  # the first is warm-up; the best of the rest hides other programs

@@ -1,0 +1,61 @@
+# Bare `make` lists the targets. Everything runs in .venv, made on first use.
+PYTHON ?= python3
+# For a CPU-only torch from another index: make demo TORCH_ARGS="--index-url URL"
+TORCH_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Isolated builds obey the same pins.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench golden clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.10 or newer, or set PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) -V) is too old; 3.10 or newer is needed"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: Python's venv module is missing; on Debian: apt install python3-venv"; exit 2; }
+	@command -v g++ >/dev/null || echo "note: no g++; the data loader will run on NumPy, which is slower"
+	@echo "installing into $(VENV) (once; about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip download -q --no-deps -d $(VENV)/probe tqdm >/dev/null 2>&1 || { echo "error: no package index answers; check the network and 'pip config list'"; exit 2; }
+	@$(BIN)/pip install -q $(TORCH_ARGS) torch
+	@$(BIN)/pip install -q -e '.[offline,plot,test]'
+	@touch $@
+
+demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it write
+	@rm -rf checkpoints/demo checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png .demo-again
+	$(BIN)/mypt-fast prepare --demo --tokenization char --out_dir data/demo_char --overwrite
+	$(BIN)/mypt-fast train --config configs/tiny_char.json --dataset_dir data/demo_char --model_name demo \
+	  --max_iters 1500 --learning_rate 3e-3 --warmup_iters 50 --dropout 0 \
+	  --eval_interval 250 --eval_iters 10
+	$(BIN)/mypt-fast plot logs/train/demo_eval.jsonl --out loss.png
+	$(BIN)/mypt-fast generate --model_name demo_gold --prompt "def " --max_new_tokens 500 --seed 1
+
+test: $(READY)  ## the default tests: under 5 minutes, no GPU, no network
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(READY)  ## the tests marked slow
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## all benchmarks (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+golden: $(READY)  ## rewrite the frozen --help texts
+	MYPT_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/cli
+
+clean:  ## remove what was built; runs, logs and data stay
+	rm -rf $(VENV) build dist *.egg-info mypt_fast/_native*.so .pytest_cache .mypy_cache .ruff_cache

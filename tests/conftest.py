@@ -1,0 +1,6 @@
+"""What every test needs."""
+
+import os
+
+# The models here are tiny: a second thread gains nothing, and waits whenever the machine is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
