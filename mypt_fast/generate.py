@@ -263,7 +263,7 @@ class Generation(Iterator[int]):
         return logits
 
     def _count_repeat(self, n: int) -> None:
-        """Compare the n-th id with the one a window before: one comparison, not a window's worth."""
+        """Compare the n-th id with the one a window before: one comparison per token."""
         same = 0 < self._repeat < n and self.ids[n - 1] == self.ids[n - 1 - self._repeat]
         self._run = self._run + 1 if same else 0
 

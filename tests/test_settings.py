@@ -110,11 +110,9 @@ def test_a_run_setting_comes_from_the_strongest_source_that_names_it(key, write_
     assert found({key: flag}) == flag
 
 
-@pytest.mark.parametrize("key", RUN_FIELDS)
+@pytest.mark.parametrize("key", [k for k in RUN_FIELDS if k not in ("save_dtype", "log_file")])
 def test_typing_the_default_overrides_the_file(key, write_preset):
     default = section(settings.resolve({}), key)
-    if default is None:
-        pytest.skip("an absent text cannot be typed")
     loud = write_preset(**{key: RUN_FIELDS[key][0]})
     assert section(settings.resolve({key: default}, config_file=loud), key) == default
 
@@ -158,7 +156,7 @@ def test_an_architecture_flag_is_ignored_with_one_notice_that_names_both(
     assert len(out.notices) == 1  # n_layer says what the file says: nothing to tell
     for word in ("--n_embd", "100", "16", name):
         assert word in out.notices[0]
-    with pytest.raises(ConfigError, match="--n_embd 100 is ignored: .* has 16"):
+    with pytest.raises(ConfigError, match=r"--n_embd 100 is ignored: .* has 16"):
         settings.resolve(typed, **given, strict=True)
     assert settings.resolve({"n_layer": 2}, **given, strict=True).notices == []
 
@@ -202,8 +200,8 @@ def test_two_sources_of_data_are_refused():
 
 @pytest.mark.parametrize(
     "name",
-    [".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "a\nb", "a\0b", "\x1b[0m", " a", "a ", " "],
-)  # fmt: skip
+    [".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "a\nb", "a\0b", "\x1b[0m", " a", " "],
+)
 def test_a_run_name_that_is_more_than_a_name_is_refused(name, folder):
     with pytest.raises(ConfigError) as error:
         settings.resolve({}, model_name=name)
@@ -303,7 +301,7 @@ def test_a_folder_without_a_model_is_a_new_run(folder):
 
 
 def test_flags_are_checked_like_files():
-    with pytest.raises(ConfigError, match="^command line: max_iters is out of range; found -1"):
+    with pytest.raises(ConfigError, match=r"^command line: max_iters is out of range; found -1"):
         settings.resolve({"max_iters": -1})
     with pytest.raises(ConfigError, match="nearest n_head that divides is 2"):
         settings.resolve({"n_embd": 10, "n_head": 3})

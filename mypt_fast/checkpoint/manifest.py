@@ -91,13 +91,16 @@ def verified(
     changed = [name for name, entry in wanted.items() if not matches(path / name, entry)]
     tensors = [n for n in changed if n in TENSOR_FILES]
     if "model.pt" in tensors and "training_state.json" in changed:
-        return None, [f"{path.name}: rewritten by another program since we saved it; loading it without our manifest"]  # fmt: skip
+        text = "rewritten by another program since we saved it; loading it without our manifest"
+        return None, [f"{path.name}: {text}"]
     if tensors:
         raise IntegrityError(
-            f"{path / tensors[0]} is not the file that was saved", "its hash differs from manifest.json",
+            f"{path / tensors[0]} is not the file that was saved",
+            "its hash differs from manifest.json",
             f"restore it from a backup, or resume from {path.name}_gold if that exists",
         )  # fmt: skip
-    return manifest, [f"{path.name}: {n} was edited since it was saved; using the edit" for n in changed]  # fmt: skip
+    edited = "was edited since it was saved; using the edit"
+    return manifest, [f"{path.name}: {n} {edited}" for n in changed]
 
 
 def matches(path: Path, entry: Any) -> bool:

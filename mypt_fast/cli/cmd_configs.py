@@ -120,6 +120,13 @@ def table_lines(rows: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
+def short_path(path: Path) -> str:
+    """Return what `--config` takes: shipped presets as configs/NAME.json, wherever they lie."""
+    root = presets.shipped_dir()
+    inside = path.is_relative_to(root)
+    return f"configs/{path.relative_to(root).as_posix()}" if inside else str(path)
+
+
 def millions(n: int) -> str:
     """Parameters in MyPT's unit: '602.28M'."""
     return f"{n / 1e6:.2f}M"
@@ -127,7 +134,7 @@ def millions(n: int) -> str:
 
 def detail_lines(preset: presets.Preset) -> list[str]:
     """Return MyPT's page about one preset."""
-    cfg = preset.model
+    cfg, shown = preset.model, short_path(preset.path)
     total = count_parameters(cfg).total
     train = describe(preset, preset.path.name)["train"]
     rope = f" (theta {cfg.rope_theta:g}, scale {cfg.rope_scale:g})"
@@ -139,7 +146,7 @@ def detail_lines(preset: presets.Preset) -> list[str]:
         "MLP": cfg.mlp_type, "Norm": cfg.norm_type, "Tied": cfg.tie_weights,
     }  # fmt: skip
     return [
-        RULE, f"Config: {preset.name}", f"File: {preset.path}", RULE,
+        RULE, f"Config: {preset.name}", f"File: {shown}", RULE,
         *([f"Description: {preset.description}"] if preset.description else []),
         "", "Architecture:", *(f"  {k:<12}: {v}" for k, v in rows.items()),
         "", "Parameters:",
@@ -148,13 +155,13 @@ def detail_lines(preset: presets.Preset) -> list[str]:
         *(["", "Training:"] if train else []),
         *(f"  {k:<12}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in train.items()),
         "", "Usage:",
-        f"  mypt-fast train --config_file {preset.path} --model_name my_model --input_file input.txt",
+        f"  mypt-fast train --config_file {shown} --model_name my_model --input_file input.txt",
         RULE,
     ]  # fmt: skip
 
 
 def _validate(args: argparse.Namespace) -> int:
-    files = args.validate or [args.config_file] if args.config_file else args.validate
+    files = args.validate or ([args.config_file] if args.config_file else [])
     named = [(f, Path(f)) for f in files] if files else listing(args.configs_dir)
     results = []
     for label, path in named:

@@ -1,8 +1,6 @@
 """`mypt-fast generate`: continue a prompt with a trained model."""
 
 import argparse
-import contextlib
-import io
 import json
 import re
 import secrets
@@ -37,32 +35,43 @@ PRESETS = {
 }
 MODES = {"qa": "factual", "creative": "creative", "factual": "factual", "code": "code"}
 SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+LEAST = {"num_samples": 1, "max_new_tokens": 0, "repeat_window": 0, "seed": 0}
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what to write, how to sample and what to show."""
     text = parser.add_argument_group("text")
-    text.add_argument("--model_name", metavar="NAME", help="run under checkpoints/, its NAME_gold or NAME_fp16, or a path (default: default)")  # fmt: skip
-    text.add_argument("--prompt", metavar="TEXT", help="text to continue, or - for stdin (default: start a new text)")  # fmt: skip
-    text.add_argument("--prompt_file", metavar="FILE", help="read the prompt from a UTF-8 file, or - for stdin")  # fmt: skip
-    text.add_argument("--escapes", action=Switch, help=r"read \n, \t, \r and \\ in --prompt as escapes")  # fmt: skip
-    text.add_argument("--max_new_tokens", type=int, metavar="N", help="length of the continuation (default: 100)")  # fmt: skip
-    text.add_argument("--num_samples", type=int, metavar="N", help="texts to write, seeds counted up (default: 1)")  # fmt: skip
-    text.add_argument("--stop_tokens", nargs="+", metavar="TOKEN", help="further tokens to stop after: ids, or strings of one token")  # fmt: skip
-    text.add_argument("--repeat_window", type=int, metavar="N", help="stop when the last N tokens repeat the N before; 0: never (default: 32)")  # fmt: skip
+    _flag(text, "model_name", "NAME", "run under checkpoints/, or a path (default: default)")
+    _flag(text, "prompt", "TEXT", "text to continue, - for stdin (default: start a new text)")
+    _flag(text, "prompt_file", "FILE", "read the prompt from a UTF-8 file, or - for stdin")
+    escapes = r"read \n, \t, \r and \\ in --prompt as escapes"
+    text.add_argument("--escapes", action=Switch, help=escapes)
+    _flag(text, "max_new_tokens", "N", "length of the continuation (default: 100)", int)
+    _flag(text, "num_samples", "N", "texts to write, seeds counted up (default: 1)", int)
+    stop = "further tokens to stop after: ids, or strings of one token"
+    text.add_argument("--stop_tokens", nargs="+", metavar="TOKEN", help=stop)
+    repeat = "stop when the last N tokens repeat the N before; 0: never (default: 32)"
+    _flag(text, "repeat_window", "N", repeat, int)
     how = parser.add_argument_group("sampling (a flag wins over --preset, a preset over --mode)")
-    how.add_argument("--mode", choices=("basic", *MODES), help="settings for a purpose; qa is factual (default: basic)")  # fmt: skip
-    how.add_argument("--preset", choices=tuple(PRESETS), help="named settings; deterministic takes the likeliest token")  # fmt: skip
-    how.add_argument("--temperature", type=float, metavar="X", help="0: always the likeliest token (default: 0.8)")  # fmt: skip
-    how.add_argument("--top_k", type=int, metavar="N", help="only the N likeliest; 0: all (default: 50)")  # fmt: skip
-    how.add_argument("--top_p", type=float, metavar="X", help="only the likeliest of this mass; 1: all (default: 0.95)")  # fmt: skip
-    how.add_argument("--repetition_penalty", type=float, metavar="X", help="against ids of the last 256 tokens; 1: none (default: 1.1)")  # fmt: skip
-    how.add_argument("--seed", type=int, metavar="N", help="same seed, same text (default: a new one each time)")  # fmt: skip
+    modes, named = "settings for a purpose; qa is factual (default: basic)", "named settings"
+    how.add_argument("--mode", choices=("basic", *MODES), help=modes)
+    how.add_argument("--preset", choices=tuple(PRESETS), help=named)
+    _flag(how, "temperature", "X", "0: always the likeliest token (default: 0.8)", float)
+    _flag(how, "top_k", "N", "only the N likeliest; 0: all (default: 50)", int)
+    _flag(how, "top_p", "X", "only the likeliest of this mass; 1: all (default: 0.95)", float)
+    penalty = "against ids of the last 256 tokens; 1: none (default: 1.1)"
+    _flag(how, "repetition_penalty", "X", penalty, float)
+    _flag(how, "seed", "N", "same seed, same text (default: a new one each time)", int)
     out = parser.add_argument_group("output")
-    out.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: the GPU where there is one)")  # fmt: skip
-    out.add_argument("--show_info", action="store_true", default=False, help="model, settings and speed on stderr")  # fmt: skip
-    out.add_argument("--json", action="store_true", default=False, help="one JSON object instead of text")  # fmt: skip
+    _flag(out, "device", "NAME", "cpu, cuda or cuda:N (default: the GPU where there is one)")
+    info, js = "model, settings and speed on stderr", "one JSON object instead of text"
+    out.add_argument("--show_info", action="store_true", default=False, help=info)
+    out.add_argument("--json", action="store_true", default=False, help=js)
+
+
+def _flag(group: Any, name: str, letter: str, what: str, kind: type = str) -> None:
+    group.add_argument(f"--{name}", metavar=letter, type=kind, help=what)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
     given = vars(args)
     count = int(given.get("num_samples", 1))
     settings = sampling(given)
-    for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("repeat_window", 0), ("seed", 0)):  # fmt: skip
+    for name, least in LEAST.items():
         if given.get(name, least) < least:
-            raise ConfigError(f"--{name} is out of range", f"found {given[name]}", f"use >= {least}")  # fmt: skip
+            found = f"found {given[name]}"
+            raise ConfigError(f"--{name} is out of range", found, f"use >= {least}")
     prompt = read_prompt(given)
     from mypt_fast.checkpoint.manifest import locate
 
@@ -99,7 +109,11 @@ def run(args: argparse.Namespace) -> int:
         console.notice("interrupted")
         return 130
     if args.json:
-        print(json.dumps({"model": str(path), "step": loaded.step, "prompt": prompt, "settings": settings, "samples": texts}, ensure_ascii=False, indent=2))  # fmt: skip
+        report = {
+            "model": str(path), "step": loaded.step, "prompt": prompt, "settings": settings,
+            "samples": texts,
+        }  # fmt: skip
+        print(json.dumps(report, ensure_ascii=False, indent=2))
     return 0
 
 
@@ -150,7 +164,8 @@ def _stop_id(tokenizer: Any, word: str) -> int:
         return int(word)
     ids = tokenizer.encode(word)
     if len(ids) != 1:
-        raise ConfigError(f"--stop_tokens {word!r}", f"it is {len(ids)} tokens", "name one token, or its id")  # fmt: skip
+        found = f"it is {len(ids)} tokens"
+        raise ConfigError(f"--stop_tokens {word!r}", found, "name one token, or its id")
     return int(ids[0])
 
 
@@ -163,9 +178,6 @@ def _write(
     generation = generate(loaded.model, loaded.tokenizer, prompt, seed=seed, **settings)
     show = not args.json
     if show:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            with contextlib.suppress(io.UnsupportedOperation):
-                sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows ?
         if label is not None:
             print(f"--- sample {label + 1} (seed {seed}) ---")
         print(prompt, end="", flush=True)
@@ -179,7 +191,10 @@ def _write(
         print(flush=True)
     n = len(generation.ids) - generation.n_prompt
     if args.show_info:
-        console.notice(f"{n} tokens in {seconds:.2f} s ({n / max(seconds, 1e-9):.1f} tok/s), stopped: {generation.stopped}, seed {seed}")  # fmt: skip
+        console.notice(
+            f"{n} tokens in {seconds:.2f} s ({n / max(seconds, 1e-9):.1f} tok/s), "
+            f"stopped: {generation.stopped}, seed {seed}"
+        )
     return {
         "text": prompt + "".join(parts), "completion": "".join(parts), "seed": seed,
         "tokens": generation.ids[generation.n_prompt :], "stopped": generation.stopped,
@@ -192,6 +207,9 @@ def _show_model(path: Path, loaded: Any, settings: dict[str, Any]) -> None:
 
     cfg, weight = loaded.model.config, loaded.model.lm_head.weight
     n = console.count(count_parameters(cfg).total)
-    console.notice(f"model    {path}, step {loaded.step}: {n} parameters, context {cfg.block_size}, {loaded.tokenizer.kind} vocabulary of {cfg.vocab_size}")  # fmt: skip
+    console.notice(
+        f"model    {path}, step {loaded.step}: {n} parameters, context {cfg.block_size}, "
+        f"{loaded.tokenizer.kind} vocabulary of {cfg.vocab_size}"
+    )
     console.notice(f"device   {weight.device}, {str(weight.dtype).removeprefix('torch.')}")
     console.notice("sampling " + ", ".join(f"{k} {v}" for k, v in settings.items()))

@@ -17,7 +17,7 @@ files only; --verify also reads every byte and compares it with the hashes saved
 EXAMPLES = """\
 examples:
   mypt-fast inspect book
-  mypt-fast inspect --model_name book_gold --verify     exit code 3 when a file is not what was saved
+  mypt-fast inspect --model_name book_gold --verify     exit code 3 when a file differs
   mypt-fast inspect /mnt/backup/book --json"""
 
 # MyPT prints these first, in this order (MyPT specification 1.2)
@@ -25,6 +25,11 @@ FIRST = (
     "batch_size", "block_size", "vocab_size", "n_embd", "n_head", "n_layer", "dropout", "bias",
     "device", "use_loss_mask", "tie_weights", "save_dtype", "batch_sampling_mode",
 )  # fmt: skip
+STATUS_TEXT = {
+    "unlisted": "not in the manifest",
+    "differs": "DIFFERS from what was saved",
+    "missing": "MISSING",
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +76,10 @@ def gather(path: Path, verify: bool) -> dict[str, Any]:
     manifest_path = path / "manifest.json"
     manifest = bundles.read_member(manifest_path) if manifest_path.is_file() else None
     if manifest is None and verify:
-        raise CheckpointError(f"{path} cannot be verified", "it has no manifest.json", "a bundle gets one when mypt-fast saves it")  # fmt: skip
+        raise CheckpointError(
+            f"{path} cannot be verified", "it has no manifest.json",
+            "a bundle gets one when mypt-fast saves it",
+        )  # fmt: skip
     listed = bundles.listed_files(path, manifest) if manifest is not None else {}
     files = [_file(path, name, listed, verify) for name in _names(path, listed)]
     try:
@@ -91,7 +99,7 @@ def gather(path: Path, verify: bool) -> dict[str, Any]:
         "training_state": info.get("training_state"),
         "gold_selection_state": info.get("gold_selection_state"),
         "gold_path": _gold(path),
-        "saved_by": None if manifest is None else {k: manifest.get(k) for k in ("mypt_fast", "torch")},  # fmt: skip
+        "saved_by": manifest and {k: manifest.get(k) for k in ("mypt_fast", "torch")},
         "files": files,
         "verified": verify and all(f["status"] in ("ok", "unlisted") for f in files),
     }
@@ -179,9 +187,7 @@ def _state_lines(state: dict[str, Any] | None) -> list[str]:
     config = state.get("training_config")
     if isinstance(config, dict):
         out.append("Training configuration:")
-        out += [
-            f"  {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in config.items()
-        ]
+        out += [f"  {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in config.items()]
     return out
 
 
@@ -198,9 +204,11 @@ def _gold_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _file_lines(report: dict[str, Any]) -> list[str]:
-    words = {"unlisted": "not in the manifest", "differs": "DIFFERS from what was saved", "missing": "MISSING"}  # fmt: skip
     rows = [
-        [f["file"], "-" if f["bytes"] is None else console.bytes_text(f["bytes"]), words.get(f["status"], f["status"])]
+        [
+            f["file"], "-" if f["bytes"] is None else console.bytes_text(f["bytes"]),
+            "" if f["file"] == "manifest.json" else STATUS_TEXT.get(f["status"], f["status"]),
+        ]
         for f in report["files"]
     ]  # fmt: skip
     total = sum(f["bytes"] or 0 for f in report["files"])

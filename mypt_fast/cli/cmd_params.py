@@ -82,7 +82,7 @@ def _say_changes(typed: dict[str, Any], cfg: ModelConfig, source: str) -> None:
     for key, value in typed.items():
         if value != getattr(cfg, key):
             was = getattr(cfg, key)
-            console.notice(f"note: --{key} {value} instead of {was} in {source}, for this count only")
+            console.notice(f"note: --{key} {value} instead of {was} in {source}, here only")
 
 
 def ask(cfg: ModelConfig) -> ModelConfig:
@@ -91,7 +91,7 @@ def ask(cfg: ModelConfig) -> ModelConfig:
     Raises:
         ConfigError: for an answer that is not a number in range, or no answer at all.
     """
-    answers: dict[str, int] = {}
+    answers: dict[str, Any] = {}
     for key in ASKED:
         print(f"{key} [{getattr(cfg, key)}]: ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
@@ -127,13 +127,17 @@ def lines(report: dict[str, Any], cfg: ModelConfig) -> list[str]:
     p, state, disk = (report[k] for k in ("parameters", "training_bytes", "checkpoint_bytes"))
     total = p["total"]
     hidden = accounting.swiglu_hidden(cfg.n_embd) if cfg.mlp_type == "swiglu" else 4 * cfg.n_embd
+    V, C, L = cfg.vocab_size, cfg.n_embd, cfg.n_layer
+    learned, tied = cfg.pos_encoding == "learned", cfg.tie_weights
     shapes = {
-        "token_embedding": ("token embeddings", f"{cfg.vocab_size} x {cfg.n_embd}"),
-        "position_embedding": ("position embeddings", f"{cfg.block_size} x {cfg.n_embd}" if p["position_embedding"] else "rope: none"),
-        "attention": ("attention", f"{cfg.n_layer} layers, {cfg.n_head} heads of {cfg.n_embd // cfg.n_head}"),
-        "mlp": ("MLP", f"{cfg.n_layer} layers, {cfg.mlp_type} of width {hidden}"),
-        "norms": ("norms", f"{2 * cfg.n_layer + 1} x {cfg.norm_type}"),
-        "lm_head": ("LM head", "tied, bias only" if cfg.tie_weights else f"{cfg.n_embd} x {cfg.vocab_size}, bias"),
+        "token_embedding": ("token embeddings", f"{V} x {C}"),
+        "position_embedding": (
+            "position embeddings", f"{cfg.block_size} x {C}" if learned else "rope: none",
+        ),
+        "attention": ("attention", f"{L} layers, {cfg.n_head} heads of {C // cfg.n_head}"),
+        "mlp": ("MLP", f"{L} layers, {cfg.mlp_type} of width {hidden}"),
+        "norms": ("norms", f"{2 * L + 1} x {cfg.norm_type}"),
+        "lm_head": ("LM head", "tied, bias only" if tied else f"{C} x {V}, bias"),
     }  # fmt: skip
     rows = [
         [label, shape, f"{p[key]:,}", f"{100 * p[key] / total:.1f} %"]
@@ -145,7 +149,7 @@ def lines(report: dict[str, Any], cfg: ModelConfig) -> list[str]:
         *([f"Config: {report['name']}"] if report["name"] else []),
         *console.table(["part", "shape", "parameters", "share"], rows, left=2),
         "",
-        f"FLOPs per token : {report['flops_per_token'] / 1e9:.3f} G to train (forward and backward)",
+        f"FLOPs per token : {report['flops_per_token'] / 1e9:.3f} G, forward and backward",
         f"training state  : {size(state['total'])} = weights {size(state['weights'])}"
         f" + gradients {size(state['gradients'])} + AdamW moments {size(state['moments'])}",
         f"checkpoint      : {size(disk['total'])} = model.pt {size(disk['model.pt'])}"

@@ -20,7 +20,9 @@ examples:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add logs, axis and output."""
     parser.add_argument("logs", nargs="+", metavar="LOG", help="JSONL log, or a model's name")
-    parser.add_argument("--out", default="loss.png", metavar="FILE", help="image (default: loss.png)")
+    parser.add_argument(
+        "--out", default="loss.png", metavar="FILE", help="image (default: loss.png)"
+    )
     parser.add_argument(
         "--x", choices=("step", "tokens", "time"), default="step", help="axis (default: step)"
     )
@@ -30,18 +32,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw; returns the exit code."""
-    from mypt_fast import plot
+    from mypt_fast import plot, run_log
 
-    logs = [plot.read_log(plot.find(name)) for name in args.logs]
+    logs = [run_log.read_log(run_log.find(name)) for name in args.logs]
     report = []
     for log in logs:
-        bad = plot.not_finite(log.train, "loss") + plot.not_finite(log.evals, "val_loss")
+        bad = run_log.not_finite(log.train, "loss") + run_log.not_finite(log.evals, "val_loss")
         if log.junk:
             lines = "1 line" if log.junk == 1 else f"{log.junk} lines"
             console.notice(f"note: {log.path}: {lines} skipped, not events")
         if bad:
             console.notice(f"note: {log.path}: {bad} losses left out, not finite")
-        losses = plot.series(log.evals, "val_loss", "step")[1]
+        losses = run_log.series(log.evals, "val_loss", "step")[1]
         report.append({
             "log": str(log.path), "train_points": len(log.train), "evals": len(log.evals),
             "resumed": max(0, log.starts - 1), "skipped_lines": log.junk, "not_finite": bad,

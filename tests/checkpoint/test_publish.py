@@ -1,0 +1,121 @@
+"""Publishing a directory: a reader sees the old one or the new one, whenever the process dies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mypt_fast.checkpoint import publish
+
+OWNED = frozenset({"model.pt", "state.json"})
+
+
+def put(target: Path, text: str) -> None:
+    with publish.staged(target, OWNED) as aside:
+        for name in sorted(OWNED):
+            (aside / name).write_text(text)
+
+
+def seen(target: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in target.iterdir() if p.is_file()}
+
+
+def leftovers(target: Path) -> list[str]:
+    return [p.name for p in target.parent.iterdir() if p.name != target.name]
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def target(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to publish, with the system's exchange and without it."""
+    if request.param == "two renames":
+        monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
+    return tmp_path / "run"
+
+
+def test_first_and_later_publications(target: Path) -> None:
+    for text in ("one", "two", "three"):
+        put(target, text)
+        assert seen(target) == dict.fromkeys(OWNED, text)
+        assert leftovers(target) == []
+
+
+def test_what_is_not_ours_is_kept_and_what_is_ours_is_not(target: Path) -> None:
+    put(target, "one")
+    (target / "notes.txt").write_text("mine")
+    (target / "folder").mkdir()
+    (target / "folder" / "deep.txt").write_text("mine too")
+    (target / "link").symlink_to("notes.txt")
+    inode = (target / "notes.txt").stat().st_ino
+    with publish.staged(target, OWNED) as aside:
+        (aside / "model.pt").write_text("two")
+    assert (target / "notes.txt").stat().st_ino == inode
+    assert (target / "folder" / "deep.txt").read_text() == "mine too"
+    assert os.readlink(target / "link") == "notes.txt"
+    assert not (target / "state.json").exists()
+    assert (target / "model.pt").read_text() == "two"
+
+
+def test_an_error_while_building_leaves_the_old_directory(target: Path) -> None:
+    put(target, "one")
+
+    def fail() -> None:
+        with publish.staged(target, OWNED) as aside:
+            (aside / "model.pt").write_text("half")
+            raise OSError(28, "full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert seen(target) == dict.fromkeys(OWNED, "one")
+    assert leftovers(target) == []
+
+
+@pytest.mark.parametrize("call", ["mkdir", "link", "fsync", "rename", "rmtree"])
+def test_death_at_any_call_leaves_the_old_or_the_new(
+    target: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Fork, die at the n-th call of one kind, look, and let the next save clean up."""
+    for n in range(1, 6):
+        put(target, "old")
+        (target / "notes.txt").write_text("mine")
+        pid = os.fork()
+        if pid == 0:  # the child: no cleanup runs after _exit
+            _die_at(call, n)
+            put(target, "new")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        publish.clean_stale(target)
+        texts = {(target / name).read_text() for name in OWNED}
+        assert texts in ({"old"}, {"new"})
+        assert (target / "notes.txt").read_text() == "mine"
+        assert leftovers(target) == []
+
+
+def _die_at(call: str, n: int) -> None:
+    import shutil
+
+    module = shutil if call == "rmtree" else os
+    original, count = getattr(module, call), [0]
+
+    def counted(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        if count[0] == n:
+            os._exit(9)
+        return original(*args, **kwargs)
+
+    setattr(module, call, counted)
+
+
+def test_temporaries_of_a_living_process_are_left_alone(target: Path) -> None:
+    put(target, "one")
+    busy = target.parent / f".run.tmp-{os.getppid()}"
+    busy.mkdir()
+    publish.clean_stale(target)
+    assert busy.exists()
+
+
+def test_the_old_state_comes_back_after_death_between_two_renames(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    put(target, "one")
+    target.rename(tmp_path / ".run.old-999999999")
+    publish.clean_stale(target)
+    assert seen(target) == dict.fromkeys(OWNED, "one")
