@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from record import machine, save
 
 from mypt_fast.data.loader import TokenCorpus, TokenLoader
 
@@ -25,7 +26,6 @@ N_TOKENS = 100_000_000
 VOCAB_SIZE = 50_304
 SHAPES = [(8, 1024), (12, 1024), (64, 256)]
 BASELINE = "get_batch"
-RESULTS = Path(__file__).parent / "results/cpu/loader.json"
 # (batch, block) -> how many times faster than get_batch the native loader must be
 BARS = {(8, 1024): 20.0}
 ROUNDS, ITERATIONS = 100, 12  # enough that first touches of pages do not set the median
@@ -144,7 +144,6 @@ def main():
         command = [sys.executable, "-m", "pytest", __file__, "--benchmark-only", "-q"]
         subprocess.run([*command, f"--benchmark-json={raw}"], check=True)
         run = json.loads(raw.read_text())
-    cpu = run["machine_info"]["cpu"]
     rows = [
         {
             **row["extra_info"],
@@ -154,21 +153,8 @@ def main():
     ]
     for row in rows:
         row["median_us"] = round(statistics.median(row["seconds_per_batch"]) * 1e6, 2)
-    result = {
-        "date": run["datetime"][:10],
-        "cpu": cpu.get("brand_raw", "unknown"),
-        "cores": cpu.get("count"),
-        "python": sys.version.split()[0],
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "tokens": N_TOKENS,
-        "batches_per_sample": ITERATIONS,
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    text = json.dumps({**result, "rows": []}, indent=1).replace("[]", f"[\n  {lines}\n ]")
-    RESULTS.write_text(text + "\n")
+    facts = {**machine(), "tokens": N_TOKENS, "batches_per_sample": ITERATIONS}
+    save("loader", facts, rows)
     for row in rows:
         sys.stdout.write(
             f"{row['case']:18} {row['way']:26} {row['median_us']:9.2f} us "

@@ -7,6 +7,7 @@ keeping exactly T tokens of context would cost a pass over T for every token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ class Sampling:
             ("temperature", 0 <= self.temperature < float("inf"), ">= 0"),
             ("top_k", self.top_k >= 0, ">= 0"),
             ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, ">= 0.01 and <= 100"),
         )
         for name, good, allowed in rules:
             if not good:
@@ -155,13 +156,15 @@ class Sampling:
                 raise ConfigError(f"{name} is out of range", found, f"use {allowed}")
 
     def choose(self, logits: Tensor, recent: Sequence[int], generator: torch.Generator) -> int:
-        """Choose a token id from fp32 logits: (V,)."""
+        """Choose a token id from fp32 logits: (V,).
+
+        Something always stays to choose from: top-k keeps its k, top-p the likeliest.
+        """
         if self.temperature == 0:
             return int(logits.argmax())
-        logits = penalised(logits / self.temperature, recent, self.repetition_penalty)
+        logits = logits / max(self.temperature, 1e-8)  # below it, the division would overflow
+        logits = penalised(logits, recent, self.repetition_penalty)
         kept = keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
-        if bool(kept.isneginf().all()):  # a model may mask every token itself
-            kept = logits
         return int(torch.multinomial(kept.softmax(-1), 1, generator=generator))
 
 
@@ -258,8 +261,8 @@ class Generation(Iterator[int]):
         # the last position only: the logits of a whole prompt would be T x V
         logits = head(self.model.hidden(idx, cache=self._cache)[0, -1]).float()
         self._pending = []
-        if bool(logits.isnan().any()):
-            raise IntegrityError("the model's output is not a number", "its weights may be damaged")
+        if not math.isfinite(float(logits.max())):  # NaN anywhere shows here too
+            raise IntegrityError("the model's output is not finite", "its weights may be damaged")
         return logits
 
     def _count_repeat(self, n: int) -> None:

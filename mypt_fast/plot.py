@@ -6,13 +6,14 @@ One run: colours tell the curves apart. Several: each run has a colour, and its 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mypt_fast import console
 from mypt_fast.errors import DataError
-from mypt_fast.run_log import Log, Point, number, series
+from mypt_fast.run_log import Log, Point, number, position, series
 
 MAX_POINTS = 2000  # a line cannot show more on a page; beyond, each bucket keeps its extremes
 SMOOTH_SHARE, SMOOTH_MOST = 40, 200  # the mean spans this part of the run, at most so many steps
@@ -26,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e6e9ee", "grid.linewidth": 0.8, "axes.axisbelow": True,
     "legend.frameon": False, "lines.solid_capstyle": "round", "axes.linewidth": 0.8,
-    "xtick.major.width": 0.8, "ytick.major.width": 0.8,
+    "text.parse_math": False, "xtick.major.width": 0.8, "ytick.major.width": 0.8,
 }  # fmt: skip
 
 
@@ -74,7 +75,10 @@ def draw(logs: Sequence[Log], out: Path, *, axis: str = "step", title: str | Non
         if not any(series(points, key, axis)[0] for points, key in losses):
             raise DataError(f"{log.path}: no finite losses over {axis}", cure="try --x step")
     matplotlib.use("Agg")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # a box in a name, not a page of warnings
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 6.4), dpi=160, layout="constrained")
@@ -154,13 +158,16 @@ class _Panels:
             shade, label = OTHERS[i % len(OTHERS)], key.removeprefix("eval_")
             self._line(x, y, shade, label, style=(0, (4, 1.6)), width=1.2)
         for p in log.phases:
-            (x, _) = series([Point(p.step, p.tokens, p.seconds, {"_": 0.0})], "_", self.axis)
-            for at in x:
-                self.loss.axvline(at / self.scale, color=FAINT, linewidth=0.9, linestyle=":")
-                self.loss.text(
-                    at / self.scale, 0.98, f" {p.values.get('new_phase', '')}", color=FAINT,
-                    fontsize=8, va="top", transform=self.loss.get_xaxis_transform(),
-                )  # fmt: skip
+            at = position(p, self.axis)
+            if at is not None:
+                self._phase(at / self.scale, str(p.values.get("new_phase", "")))
+
+    def _phase(self, x: float, name: str) -> None:
+        self.loss.axvline(x, color=FAINT, linewidth=0.9, linestyle=":")
+        self.loss.text(
+            x, 0.98, f" {name}", color=FAINT, fontsize=8, va="top",
+            transform=self.loss.get_xaxis_transform(),
+        )  # fmt: skip
 
     def _train(self, log: Log, colour: str) -> None:
         x, y = self._series(log.train, "loss")
@@ -213,7 +220,7 @@ class _Panels:
             panel.set_ylabel({"lr": "learning rate", "tokens_per_sec": "tokens/s"}[key])
             panel.set_ylim(bottom=0)
             if key == "lr":
-                panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+                panel.yaxis.set_major_formatter(lambda v, _: _short(v))
             else:
                 panel.yaxis.set_major_formatter(EngFormatter(sep=""))
         last = list(self.below.values())[-1] if self.below else self.loss
@@ -244,6 +251,12 @@ class _Panels:
             x, y, color=colour, label=label, linewidth=width, linestyle=style, marker=marker,
             markersize=4, markeredgewidth=0,
         )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """Write a learning rate as people type it: 3e-4, 1.5e-4, 0."""
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if value else "0"
 
 
 def _loss_range(shown: Sequence[tuple[float, float]]) -> tuple[float, float]:

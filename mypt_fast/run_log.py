@@ -171,12 +171,17 @@ def _take(log: Log, clock: _Clock, line: str) -> None:
     where.append(Point(int(step), tokens, clock.seconds(event), event))
 
 
+def position(p: Point, axis: str) -> float | None:
+    """Return where an event stands on an axis: step, tokens or time."""
+    return {"step": p.step, "tokens": p.tokens, "time": p.seconds}[axis]
+
+
 def series(points: Sequence[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
     """Return x and y of the finite values of `key`; a step logged twice counts as logged last."""
     rows: dict[int, tuple[float, float]] = {}
     for p in points:
         y = number(p.values.get(key))
-        x = {"step": p.step, "tokens": p.tokens, "time": p.seconds}[axis]
+        x = position(p, axis)
         if x is not None and y is not None:
             rows[p.step] = (x, y)
     pairs = sorted(rows.values())

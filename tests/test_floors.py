@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"__init__", "errors"},
-    {"config", "presets", "settings", "accounting", "console"},
+    {"config", "presets", "settings", "accounting", "console", "run_log"},
     {"kernels", "tokenizer", "tokenizer_state", "gpt2_files", "data", "_native"},
     {"model"},
     {"lora", "generate", "plot", "checkpoint"},
@@ -77,7 +77,7 @@ def test_kernels_take_tensors_and_numbers_never_a_config():
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if FLOOR[unit(module_of(p))] in (0, 1, 6)], ids=module_of
+    "path", [p for p in FILES if FLOOR.get(unit(module_of(p))) in (0, 1, 6)], ids=module_of
 )
 def test_the_ground_floors_and_the_command_line_import_nothing_heavy_at_module_level(path):
     assert {name.split(".")[0] for name in imported(path, body(path))} & HEAVY == set()

@@ -42,7 +42,8 @@ def locate(name: str, root: Path = Path("checkpoints")) -> Path:
                 f"{path} holds no bundle", f"found {old[0]}, a single-file checkpoint",
                 "convert it to the bundle format first",
             )  # fmt: skip
-    runs = sorted(p.name for p in root.iterdir() if exists(p)) if root.is_dir() else []
+    folders = root.iterdir() if root.is_dir() else ()
+    runs = sorted(p.name for p in folders if not p.name.startswith(".") and exists(p))
     near = difflib.get_close_matches(name, runs, 1)
     known = f"runs here: {', '.join(runs[:8])}" if runs else "train a model first"
     raise CheckpointError(

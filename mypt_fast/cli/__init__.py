@@ -100,6 +100,9 @@ def _dispatch(argv: list[str]) -> int:
         near = difflib.get_close_matches(name.lower(), COMMANDS, 1)
         cure = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
         raise MyptError(f"unknown command '{name}'", cure=cure)
+    # One other busy program makes OpenMP's default spinning cost 11x of a step; sleeping costs
+    # nothing measurable (docs/decisions.md). Read by the runtime when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = importlib.import_module(f"mypt_fast.cli.cmd_{name}")
     parser = Parser(
         prog=f"mypt-fast {name}",

@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--x", choices=("step", "tokens", "time"), default="step", help="axis (default: step)"
     )
     parser.add_argument("--title", metavar="TEXT", help="default: the runs' names")
-    parser.add_argument("--json", action="store_true", help="print what was read as JSON as well")
+    parser.add_argument("--json", action="store_true", help="what was read and drawn, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
