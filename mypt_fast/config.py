@@ -221,6 +221,8 @@ class TrainConfig:
     def check(self, where: str = "config") -> None:
         """Check what single ranges cannot; raises ConfigError."""
         for name, folder in (self.eval_sets or {}).items():
+            if name == "duration_s":  # the log's eval events have an eval_duration_s
+                raise ConfigError(f"{where}: eval_sets: '{name}' is taken", cure="rename the set")
             if not name or not folder:
                 raise ConfigError(
                     f"{where}: eval_sets maps a name to a dataset_dir",

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(tmp_path, **env):
-    pytest.importorskip("setuptools")
     command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build_ext"]
     command += ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
     done = subprocess.run(
@@ -49,3 +49,22 @@ def test_ninja_builds_without_a_warning_and_a_later_failure_leaves_nothing_stale
     done, modules = build(tmp_path, **NO_COMPILER)
     assert done.returncode == 0
     assert modules == []
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_presets_and_runs_from_anywhere(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("mypt_fast-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    shipped = {p.relative_to(ROOT / "configs") for p in ROOT.glob("configs/**/*.json")}
+    inside = tmp_path / "site/mypt_fast/configs"
+    assert {p.relative_to(inside) for p in inside.rglob("*.json")} == shipped
+    find = "from mypt_fast import presets; print(presets.load('configs/tiny.json').path)"
+    done = subprocess.run(
+        [sys.executable, "-c", find],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(inside / "tiny.json"), done.stderr

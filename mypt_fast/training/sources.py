@@ -121,7 +121,7 @@ class DataOpener:
         kind = self._tokenization()
         folder = Path("data") / f"demo_{kind}"
         self.notices.append(
-            f"no data named: training on Python's standard library sources ({kind}, {folder})"
+            f"no data named: training on Python's own library sources ({kind}, {folder})"
         )
         return str(ensure_demo_dataset(folder, kind, self.progress))
 
@@ -165,7 +165,7 @@ class DataOpener:
             if known and not _interchangeable(known, other):
                 raise DataError(
                     f"{folder} has another vocabulary than {whose}",
-                    f"{other.kind} of {other.n_tokens} tokens, not {known.kind} of {known.n_tokens}",
+                    f"{other.kind} of {other.n_tokens}, not {known.kind} of {known.n_tokens} tokens",
                     "prepare it with the same tokenizer",
                 )
 

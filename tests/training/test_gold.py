@@ -10,7 +10,9 @@ from mypt_fast.training.gold import GoldState, decide
 GUARDS = GoldGuards()
 
 
-def play(losses: list[float], train: float | None = None, guards: GoldGuards | None = GUARDS) -> list[str]:  # fmt: skip
+def play(
+    losses: list[float], train: float | None = None, guards: GoldGuards | None = GUARDS
+) -> list[str]:
     """What happens at each evaluation: 'gold', 'blocked' or '-'."""
     state, seen = GoldState(), []
     for step, loss in enumerate(losses):
@@ -20,7 +22,7 @@ def play(losses: list[float], train: float | None = None, guards: GoldGuards | N
     return seen
 
 
-@pytest.mark.parametrize("losses,want", [
+@pytest.mark.parametrize(("losses", "want"), [
     ([5, 4, 4.1, 4.2, 3.9, 3.8], ["gold", "gold", "-", "-", "blocked", "gold"]),
     ([5, 4, 4.1, 3.9], ["gold", "gold", "-", "gold"]),  # one rise is no trend
     ([5, 5, 5], ["gold", "-", "-"]),  # equal is not better

@@ -16,7 +16,14 @@ from mypt_fast.data.loader import TokenLoader
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.trainer import Trainer
 
-WALL_CLOCK = ("timestamp", "elapsed_s", "eval_duration_s", "tokens_per_sec", "tokens_processed", "progress_pct")  # fmt: skip
+WALL_CLOCK = (
+    "timestamp",
+    "elapsed_s",
+    "eval_duration_s",
+    "tokens_per_sec",
+    "tokens_processed",
+    "progress_pct",
+)
 
 
 class Killed(BaseException):
@@ -59,7 +66,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int, target: type, metho
 
 
 # 12 steps of 4 micro-steps each, evaluations at 0, 5, 10 and the end
-@pytest.mark.parametrize("target,method,call", [
+@pytest.mark.parametrize(("target", "method", "call"), [
     (TokenLoader, "next", 1),  # first micro-step of all
     (TokenLoader, "next", 4 * 3 + 2),  # inside the accumulation of step 3
     (TokenLoader, "next", 4 * 3 + 4),  # its last micro-step
@@ -228,7 +235,7 @@ def test_a_flipped_bit_is_found_before_it_is_used(train, capsys, monkeypatch) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_real_signal_to_a_real_process_saves_and_sets_the_exit_code(
     train, dataset: Path, number: int, code: int
 ) -> None:

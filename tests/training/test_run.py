@@ -35,7 +35,15 @@ def test_the_bundle_has_mypts_files_and_fields(train) -> None:
     assert train("a") == 0
     root = Path("checkpoints/a")
     names = {p.name for p in root.iterdir()}
-    assert names == {"model.pt", "optimizer.pt", "config.json", "tokenizer.json", "training_state.json", "gold_selection_state.json", "manifest.json"}  # fmt: skip
+    assert names == {
+        "model.pt",
+        "optimizer.pt",
+        "config.json",
+        "tokenizer.json",
+        "training_state.json",
+        "gold_selection_state.json",
+        "manifest.json",
+    }
     config = json.loads((root / "config.json").read_text())
     assert list(config) == list(ModelConfig().to_dict())
     assert (config["vocab_size"], config["device"]) == (len(LETTERS), "cpu")
@@ -43,7 +51,14 @@ def test_the_bundle_has_mypts_files_and_fields(train) -> None:
     assert list(model) == ["state_dict", "checkpoint_dtype", "model_dtype"]
     state = json.loads((root / "training_state.json").read_text())
     assert (state["step"], state["optimizer_file"]) == (12, "optimizer.pt")
-    seed_003 = {"max_iters": 12, "eval_interval": 5, "eval_iters": 2, "learning_rate": 0.01, "start_step": 0, "grad_accum_steps": 2}  # fmt: skip
+    seed_003 = {
+        "max_iters": 12,
+        "eval_interval": 5,
+        "eval_iters": 2,
+        "learning_rate": 0.01,
+        "start_step": 0,
+        "grad_accum_steps": 2,
+    }
     assert seed_003.items() <= state["training_config"].items()
     assert state["training_config"]["model_params"]["total_params"] == sum(
         v.numel() for v in model["state_dict"].values()
@@ -84,7 +99,17 @@ def test_the_log_holds_the_events_of_the_format_in_order(train) -> None:
     assert start["config"]["tokens_per_step"] == 8 * 12
     assert start["model"]["total_params"] == ModelParams.total
     assert [e["iter"] for e in evals] == [0, 5, 10]
-    wanted = "event iter timestamp elapsed_s tokens_processed progress_pct lr phase val_loss".split()  # fmt: skip
+    wanted = [
+        "event",
+        "iter",
+        "timestamp",
+        "elapsed_s",
+        "tokens_processed",
+        "progress_pct",
+        "lr",
+        "phase",
+        "val_loss",
+    ]
     assert list(evals[1])[: len(wanted)] == wanted
     assert evals[1]["tokens_processed"] == 5 * 96
     assert evals[1]["progress_pct"] == 41.67
@@ -124,8 +149,7 @@ def test_gold_lines_are_the_seeds() -> None:
         "  🏆 New GOLD checkpoint! val_loss=0.6326 at step 200"
     )
     assert console.gold_blocked_line(0.49, 0.5173, "overfit: val/train=490.0x, threshold=5.0x") == (
-        "  ⚠️  GOLD blocked: val 0.4900 < best 0.5173 but overfit "
-        "(val/train=490.0x, threshold=5.0x)"
+        "  ⚠️  GOLD blocked: val 0.4900 < best 0.5173 but overfit (val/train=490.0x, threshold=5.0x)"
     )
     lines = console.finished_lines(
         "checkpoints/my_model", "checkpoints/my_model_fp16",
@@ -174,8 +198,25 @@ def test_a_curriculum_switches_data_at_its_step_and_resumes(dataset: Path, capsy
     assert all("eval_other" in e for e in evals)
     for last in ("3", "6", "8"):
         flags = ["--schedule", "constant", "--warmup_iters", "0"]
-        assert main(["train", "--config", "c.json", "--model_name", "parts", "--max_iters", last, *flags]) == 0  # fmt: skip
-    assert main(["train", "--config", "c.json", "--model_name", "one", "--max_iters", "8", *flags]) == 0  # fmt: skip
+        assert (
+            main(
+                [
+                    "train",
+                    "--config",
+                    "c.json",
+                    "--model_name",
+                    "parts",
+                    "--max_iters",
+                    last,
+                    *flags,
+                ]
+            )
+            == 0
+        )
+    assert (
+        main(["train", "--config", "c.json", "--model_name", "one", "--max_iters", "8", *flags])
+        == 0
+    )
     parts, one = (events(n, "train") for n in ("parts", "one"))
     assert [e["loss"] for e in parts] == [e["loss"] for e in one]
 
@@ -183,7 +224,18 @@ def test_a_curriculum_switches_data_at_its_step_and_resumes(dataset: Path, capsy
 @pytest.mark.parametrize("kind", ["char", "gpt2"])
 def test_a_text_file_trains_in_memory_and_resumes(dataset: Path, kind: str) -> None:
     Path("t.txt").write_text("Nel mezzo del cammin di nostra vita più è bello. " * 40, "utf-8")
-    flags = ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "8", "--batch_size", "2"]  # fmt: skip
+    flags = [
+        "--n_layer",
+        "1",
+        "--n_head",
+        "1",
+        "--n_embd",
+        "8",
+        "--block_size",
+        "8",
+        "--batch_size",
+        "2",
+    ]
     run = ["train", "--model_name", "m", "--max_iters", "3", "--eval_iters", "1"]
     assert main([*run, *flags, "--input_file", "t.txt", "--tokenization", kind]) == 0
     assert main([*run, "--max_iters", "5"]) == 0
@@ -221,7 +273,7 @@ def test_a_missing_text_file_is_one_line(dataset: Path, capsys) -> None:
     assert "nope.txt" in error_line(capsys)
 
 
-@pytest.mark.parametrize("content,words", [
+@pytest.mark.parametrize(("content", "words"), [
     (b"", "empty"), (b"  \n ", "empty"), (b"\xff\xfe\x00junk", "not UTF-8"),
     (b"text\x00text" * 99, "NUL"), (b"short", "one window needs"),
 ])  # fmt: skip
@@ -354,7 +406,13 @@ def test_hostile_members_end_in_one_line(train, capsys) -> None:
     assert train("a") == 0
     state = Path("checkpoints/a/training_state.json")
     good = state.read_text()
-    for text in ("[]", "{", '{"step": "x"}', '{"step": -1}', '{"step": 3, "training_config": {"max_iters": "many"}}'):  # fmt: skip
+    for text in (
+        "[]",
+        "{",
+        '{"step": "x"}',
+        '{"step": -1}',
+        '{"step": 3, "training_config": {"max_iters": "many"}}',
+    ):
         state.write_text(text)
         assert train("a", "--max_iters", "20", resume=True) in (2, 3)
         error_line(capsys)
