@@ -31,8 +31,8 @@ demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it wr
 	@rm -rf checkpoints/demo checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png .demo-again
 	$(BIN)/mypt-fast prepare --demo --tokenization char --out_dir data/demo_char --overwrite
 	$(BIN)/mypt-fast train --config configs/tiny_char.json --dataset_dir data/demo_char --model_name demo \
-	  --max_iters 1500 --learning_rate 3e-3 --warmup_iters 50 --dropout 0 \
-	  --eval_interval 250 --eval_iters 10
+	  --max_iters 900 --learning_rate 3e-3 --warmup_iters 50 --dropout 0 \
+	  --eval_interval 150 --eval_iters 10
 	$(BIN)/mypt-fast plot logs/train/demo_eval.jsonl --out loss.png
 	$(BIN)/mypt-fast generate --model_name demo_gold --prompt "def " --max_new_tokens 500 --seed 1
 

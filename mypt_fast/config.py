@@ -206,7 +206,6 @@ class TrainConfig:
     eval_iters: int = opt(200, "batches per evaluation", lo=1)
     eval_seed: int = opt(1337, "seed of the evaluation windows", lo=0, hi=(1 << 63) - 1)
     save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
-    log_interval: int = opt(0, "steps per flush of the step log; 0: 1 on CPU, 10 on a GPU", lo=0)
     log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
     terminal_log_file: str | None = opt(None, "also write the terminal output here")
     freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)

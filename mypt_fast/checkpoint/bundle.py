@@ -219,7 +219,12 @@ def read(path: Path, *, optimizer: bool = True) -> Bundle:
         if master is not None and bundle.manifest is not None:
             bundle.state_dict = master  # the exact weights behind a bf16 or fp16 model.pt
         bundle.optimizer = state
-    elif model_file.get("checkpoint_dtype") in ("bf16", "bfloat16", "fp16", "float16"):
+    elif optimizer and model_file.get("checkpoint_dtype") in (
+        "bf16",
+        "bfloat16",
+        "fp16",
+        "float16",
+    ):
         bundle.notices.append(
             f"{path.name}: weights were saved in {model_file['checkpoint_dtype']}"
         )

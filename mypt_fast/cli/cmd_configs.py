@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """List, show or validate; returns the exit code."""
     if args.validate is not None:
         return _validate(args)
-    if args.config_file:
+    if args.config_file is not None:
         preset = presets.load(args.config_file)
         if args.json:
             print(json.dumps(describe(preset, preset.path.name), indent=2, ensure_ascii=False))

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("inspect needs one model", cure="give a name, a path or --model_name")
     from mypt_fast.checkpoint.manifest import locate
 
-    path = locate(args.path or args.model_name)
+    path = locate(args.model_name if args.path is None else args.path)
     report = gather(path, verify=args.verify)
     if args.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))

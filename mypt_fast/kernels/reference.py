@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of logits alive at once. 32 MB of fp32 logits stay near a desktop CPU's last-level cache,
-# and N x V logits (1.6 GB at batch 32 x 256 x 50,304) are never made.
-LOGITS_BUDGET_BYTES = 32 << 20
+# The one buffer of logits that exists at a time. Plain PyTorch holds three N x V arrays (1.6 GB
+# each at batch 32 x 256 x 50,304), and on a CPU faults their pages in anew each step.
+LOGITS_BUDGET_BYTES = 48 << 20
 MIN_CHUNK_ROWS = 64
 
 
@@ -77,38 +77,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        need = ctx.needs_input_grad
-        w = weight.to(dtype)
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        N, V = x.shape[0], weight.shape[0]
+        keep = (targets != ignore_index).float()
+        if row_weights is not None:
+            keep = keep * row_weights
+        index = targets.where(targets != ignore_index, 0).unsqueeze(1)
+        w, low = weight.to(dtype), x.to(dtype)
         b = bias.to(dtype) if bias is not None else None
-        total = x.new_zeros((), dtype=torch.float32)
-        dx = torch.empty_like(x) if need[0] else None
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need[1] else None
-        db = weight.new_zeros(weight.shape[0], dtype=torch.float32) if need[2] else None
-        step = chunk_rows(x.shape[0], weight.shape[0])
-        for i in range(0, x.shape[0], step):
+        dx = torch.empty_like(x) if need_x else None
+        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_w else None
+        db = torch.zeros(V, dtype=torch.float32, device=x.device) if need_b else None
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        step = chunk_rows(N, V)
+        buffer = torch.empty(step, V, dtype=torch.float32, device=x.device)
+        for i in range(0, N, step):
             rows = slice(i, i + step)
-            xc, t = x[rows].to(dtype), targets[rows]
-            keep = (t != ignore_index).float()
-            if row_weights is not None:
-                keep = keep * row_weights[rows]
-            index = t.where(t != ignore_index, 0).unsqueeze(1)
-            # log-probabilities overwrite the logits' storage budget: one fp32 (rows, V) at a time
-            logp = F.linear(xc, w, b).float().log_softmax(-1)
-            total -= (logp.gather(1, index).squeeze(1) * keep).sum()
+            probs = buffer[: min(step, N - i)]
+            peak_minus_target = _softmax_of_logits(low[rows], w, b, index[rows], probs)
+            # lse - target = (peak - target) - log p_peak: no underflow however unlikely the target
+            losses = peak_minus_target - probs.amax(-1).log()
+            total += (losses * keep[rows]).sum()
             if dx is None and dw is None and db is None:
                 continue
-            dlogits = logp.exp_()
-            dlogits.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
-            dlogits *= keep.unsqueeze(1)
+            # d loss / d logits = probs - one_hot; a row's weight is applied where it is narrow
+            dlogits = probs.scatter_add_(1, index[rows], probs.new_full((len(probs), 1), -1.0))
             if db is not None:
-                db += dlogits.sum(0)
-            low = dlogits.to(dtype)
+                db += keep[rows] @ dlogits
+            dlogits = dlogits.to(dtype)
             if dx is not None:
-                dx[rows] = (low @ w).to(dx.dtype)
-            if dw is not None and dtype is torch.float32:
-                dw.addmm_(low.T, xc)
-            elif dw is not None:
-                dw += low.T @ xc
+                dx[rows] = (dlogits @ w).float() * keep[rows].unsqueeze(1)
+            if dw is not None:
+                scaled = (low[rows] * keep[rows].unsqueeze(1)).to(dtype)
+                if dtype is torch.float32:
+                    dw.addmm_(dlogits.T, scaled)
+                else:
+                    dw += dlogits.T @ scaled
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         return total
@@ -121,6 +125,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = dw.mul_(grad).to(ctx.dtypes[0]) if dw is not None else None
         db = db.mul_(grad).to(ctx.dtypes[1]) if db is not None else None
         return dx, dw, db, None, None, None, None
+
+
+def _softmax_of_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, out: Tensor
+) -> Tensor:
+    """Write softmax(x W^T + b) into `out` in fp32; return each row's peak minus target logit."""
+    if x.dtype is not torch.float32:
+        logits = F.linear(x, weight, bias).float()
+    elif bias is None:
+        logits = torch.mm(x, weight.T, out=out)
+    else:
+        logits = torch.addmm(bias, x, weight.T, out=out)
+    difference = logits.amax(-1) - logits.gather(1, index).squeeze(1)
+    torch.softmax(logits, -1, out=out)
+    return difference
 
 
 def linear_cross_entropy(

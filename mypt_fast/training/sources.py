@@ -165,7 +165,7 @@ class DataOpener:
             if known and not _interchangeable(known, other):
                 raise DataError(
                     f"{folder} has another vocabulary than {whose}",
-                    f"{other.kind} of {other.n_tokens}, not {known.kind} of {known.n_tokens} tokens",
+                    f"{other.kind} of {other.n_tokens}, not {known.kind} of {known.n_tokens}",
                     "prepare it with the same tokenizer",
                 )
 
@@ -183,7 +183,7 @@ class DataOpener:
             if cfg.vocab_size < tokenizer.n_tokens:
                 raise DataError(
                     f"vocabulary of {source} does not fit the model",
-                    f"gpt2 has {tokenizer.n_tokens} tokens, the model's vocab_size is {cfg.vocab_size}",
+                    f"gpt2 has {tokenizer.n_tokens}, the model's vocab_size is {cfg.vocab_size}",
                     "prepare it with --tokenization char, or use a preset with vocab_size 50304",
                 )
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -245,7 +247,15 @@ def log_path(settings: Settings) -> Path:
 
 
 def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on a GPU; on a CPU a cold compile costs 20 s and gains little."""
+    """`auto` compiles on a GPU; on a CPU a cold compile costs more than it gains."""
+    if cfg.compile == "on" and device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                "--compile on needs a C++ compiler on a CPU",
+                f"found no {compiler}",
+                "install one, or drop the flag",
+            )
     return device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "on"
 
 

@@ -436,3 +436,35 @@ def test_a_pickle_that_would_run_code_is_refused(train, capsys) -> None:
     assert train("a", "--max_iters", "20", resume=True) == 3
     error_line(capsys)
     assert not Path("executed").exists()
+
+
+def test_compiling_on_a_cpu_without_a_compiler_is_one_line(train, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train("a", "--compile", "on") == 2
+    assert "no-such-compiler" in error_line(capsys)
+
+
+def test_settings_that_do_nothing_yet_are_said(dataset: Path, capsys) -> None:
+    preset = {
+        "n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 12, "use_loss_mask": True,
+        "gold_selection": {"strategy": "external_gate", "external_gate": {"enabled": True}},
+    }  # fmt: skip
+    Path("c.json").write_text(json.dumps(preset))
+    assert main(["train", "--config", "c.json", "--dataset_dir", "data/toy", "--dry_run"]) == 0
+    err = capsys.readouterr().err
+    assert "use_loss_mask is off" in err
+    assert "external gates are not run yet" in err
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(train) -> None:
+    flags = ["--dropout", "0", "--schedule", "constant"]
+    assert train("eager", *flags) == 0
+    assert train("whole", *flags, "--compile", "on") == 0
+    assert train("parts", *flags, "--compile", "on", "--max_iters", "6") == 0
+    assert train("parts", "--max_iters", "12", resume=True) == 0
+    eager, whole, parts = (
+        [e["loss"] for e in events(n, "train")] for n in ("eager", "whole", "parts")
+    )
+    assert whole == parts
+    assert whole == pytest.approx(eager, abs=1e-4)
