@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,45 @@ class Live:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@contextmanager
+def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a callback (phase, bytes done, bytes in all or 0): a bar, or a line per phase."""
+    if not sys.stderr.isatty():
+        yield _plain()
+        return
+    from tqdm import tqdm
+
+    bar: Any = None
+    phase_shown = ""
+
+    def advance(phase: str, done: int, total: int) -> None:
+        nonlocal bar, phase_shown
+        if phase != phase_shown:
+            if bar is not None:
+                bar.close()
+            phase_shown = phase
+            bar = tqdm(total=total or None, desc=phase, unit="B", unit_scale=True, file=sys.stderr)
+        bar.update(done - bar.n)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _plain() -> Callable[[str, int, int], None]:
+    shown: set[str] = set()
+
+    def advance(phase: str, done: int, total: int) -> None:
+        if phase not in shown:
+            shown.add(phase)
+            size = f" {total / 1e6:.1f} MB" if total else ""
+            notice(f"{phase}{size}")
+
+    return advance
 
 
 class _Tee:

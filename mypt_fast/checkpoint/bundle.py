@@ -125,10 +125,7 @@ def write(
         CheckpointError: if the disk refuses; the bundle that was there is intact.
     """
     dtype = DTYPES[save_dtype or "fp32"]
-    cast = {
-        k: v.detach().to("cpu", dtype) if v.is_floating_point() else v.cpu()
-        for k, v in state_dict.items()
-    }
+    cast = _cast(state_dict, dtype)
     members: dict[str, Any] = {
         "config.json": config,
         "tokenizer.json": tokenizer,
@@ -165,10 +162,26 @@ def write(
             with _durable(aside / "manifest.json", {}) as f:
                 f.write(_json_bytes(manifest))
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
-        found = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        found = getattr(e, "strerror", None) or _first_line(e)
         raise CheckpointError(
             f"cannot save {target}", found, "the previous checkpoint is intact; fix this and rerun"
         ) from e
+
+
+def _cast(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copy to the CPU in `dtype`; tensors that share memory still do, and are stored once."""
+    seen: dict[int, Tensor] = {}
+    out = {}
+    for name, value in state_dict.items():
+        if value.is_floating_point():
+            value = seen.setdefault(value.data_ptr(), value.detach().to("cpu", dtype))
+        out[name] = value.cpu()
+    return out
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:150] if lines else type(error).__name__
 
 
 def _json_bytes(content: Any) -> bytes:
@@ -259,6 +272,6 @@ def _load(path: Path) -> Any:
     ) as e:
         raise IntegrityError(
             f"cannot read {path}",
-            str(e).splitlines()[0][:150],
+            _first_line(e),
             f"restore it, or resume from {path.parent}_gold if it exists",
         ) from e

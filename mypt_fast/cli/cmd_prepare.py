@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mypt_fast import console
 from mypt_fast.errors import DataError
-
-if TYPE_CHECKING:
-    from mypt_fast.data.prepare import Progress
 
 HELP = "turn text into a dataset of token shards"
 DESCRIPTION = """\
@@ -129,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
     given = {f.name: getattr(args, f.name) for f in fields(PrepareOptions) if f.name in args}
     given["input_files"] = inputs
-    with _progress() as progress:
+    with console.byte_progress() as progress:
         metadata = prepare(PrepareOptions(**given), progress)
     print(json.dumps(metadata, indent=2) if args.json else _summary(metadata, args.out_dir))
     return 0
@@ -156,42 +152,3 @@ def _summary(metadata: dict[str, Any], out_dir: str) -> str:
             lines.append(f"note        {metadata[key]:,} {text}")
     lines.append(f"next        mypt-fast train --config CONFIG --dataset_dir {out_dir}")
     return "\n".join(lines)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Yield a progress callback: a bar on a terminal, one line per phase elsewhere."""
-    if not sys.stderr.isatty():
-        yield _plain()
-        return
-    from tqdm import tqdm
-
-    bar: Any = None
-    phase_shown = ""
-
-    def advance(phase: str, done: int, total: int) -> None:
-        nonlocal bar, phase_shown
-        if phase != phase_shown:
-            if bar is not None:
-                bar.close()
-            phase_shown = phase
-            bar = tqdm(total=total or None, desc=phase, unit="B", unit_scale=True, file=sys.stderr)
-        bar.update(done - bar.n)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _plain() -> Callable[[str, int, int], None]:
-    shown: set[str] = set()
-
-    def advance(phase: str, done: int, total: int) -> None:
-        if phase not in shown:
-            shown.add(phase)
-            size = f" {total / 1e6:.1f} MB" if total else ""
-            print(f"{phase}{size}", file=sys.stderr, flush=True)
-
-    return advance

@@ -1,7 +1,6 @@
 """`mypt-fast train`: settle the settings, open the run, train."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,8 @@ def _train(resolved: settings.Settings, dry_run: bool) -> int:
     from mypt_fast.training.run import open_run
     from mypt_fast.training.trainer import Trainer, use_compile
 
-    opened = open_run(resolved, _progress_bar if sys.stderr.isatty() else None)
+    with console.byte_progress() as progress:
+        opened = open_run(resolved, progress)
     for notice in opened.notices:
         console.notice(f"note: {notice}")
     start = int(resolved.saved_state.get("step") or 0)
@@ -94,9 +94,3 @@ def _train(resolved: settings.Settings, dry_run: bool) -> int:
     finally:
         live.close()
         opened.close()
-
-
-def _progress_bar(*args: Any, **kwargs: Any) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(*args, **kwargs)

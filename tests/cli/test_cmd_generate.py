@@ -45,11 +45,11 @@ def test_prompt_and_text_go_to_stdout_and_nothing_else(run_dir, capsys) -> None:
 
 
 def test_a_seed_repeats_the_text_and_samples_count_up_from_it(run_dir, capsys) -> None:
+    reports = []
     for _ in range(2):
         assert generate("--prompt", "ab", "--seed", "5", "--num-samples", "2", "--json") == 0
-    out = capsys.readouterr().out
-    half = len(out) // 2
-    first, again = json.loads(out[:half]), json.loads(out[half:])
+        reports.append(json.loads(capsys.readouterr().out))
+    first, again = reports
     assert [s["seed"] for s in first["samples"]] == [5, 6]
     assert [s["tokens"] for s in first["samples"]] == [s["tokens"] for s in again["samples"]]
     assert first["samples"][0]["text"] != first["samples"][1]["text"]
