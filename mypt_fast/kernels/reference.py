@@ -11,7 +11,7 @@ from torch import Tensor
 
 # The one buffer of logits that exists at a time. Plain PyTorch holds three N x V arrays (1.6 GB
 # each at batch 32 x 256 x 50,304), and on a CPU faults their pages in anew each step.
-LOGITS_BUDGET_BYTES = 48 << 20
+LOGITS_BUDGET_BYTES = 96 << 20
 MIN_CHUNK_ROWS = 64
 
 
@@ -90,29 +90,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         db = torch.zeros(V, dtype=torch.float32, device=x.device) if need_b else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         step = chunk_rows(N, V)
-        buffer = torch.empty(step, V, dtype=torch.float32, device=x.device)
+        # Made once and written over: on a CPU fresh memory costs a third of the matmul that fills it
+        probs_buffer = torch.empty(step, V, dtype=torch.float32, device=x.device)
+        exact = dtype is torch.float32
+        logits_buffer = (
+            probs_buffer if exact else torch.empty(step, V, dtype=dtype, device=x.device)
+        )
+        part = (
+            torch.empty(weight.shape, dtype=dtype, device=x.device)
+            if need_w and not exact
+            else None
+        )
         for i in range(0, N, step):
             rows = slice(i, i + step)
-            probs = buffer[: min(step, N - i)]
-            peak_minus_target = _softmax_of_logits(low[rows], w, b, index[rows], probs)
+            n = min(step, N - i)
+            logits, probs = logits_buffer[:n], probs_buffer[:n]
+            if b is None:
+                torch.mm(low[rows], w.T, out=logits)
+            else:
+                torch.addmm(b, low[rows], w.T, out=logits)
+            above_target = (
+                logits.amax(-1).float() - logits.gather(1, index[rows]).squeeze(1).float()
+            )
+            if not exact:
+                probs.copy_(logits)
+            torch.softmax(probs, -1, out=probs)
             # lse - target = (peak - target) - log p_peak: no underflow however unlikely the target
-            losses = peak_minus_target - probs.amax(-1).log()
-            total += (losses * keep[rows]).sum()
+            total += ((above_target - probs.amax(-1).log()) * keep[rows]).sum()
             if dx is None and dw is None and db is None:
                 continue
             # d loss / d logits = probs - one_hot; a row's weight is applied where it is narrow
-            dlogits = probs.scatter_add_(1, index[rows], probs.new_full((len(probs), 1), -1.0))
+            dlogits = probs.scatter_add_(1, index[rows], probs.new_full((n, 1), -1.0))
             if db is not None:
                 db += keep[rows] @ dlogits
-            dlogits = dlogits.to(dtype)
+            if not exact:
+                dlogits = logits.copy_(dlogits)
             if dx is not None:
                 dx[rows] = (dlogits @ w).float() * keep[rows].unsqueeze(1)
-            if dw is not None:
-                scaled = (low[rows] * keep[rows].unsqueeze(1)).to(dtype)
-                if dtype is torch.float32:
-                    dw.addmm_(dlogits.T, scaled)
-                else:
-                    dw += dlogits.T @ scaled
+            scaled = (low[rows] * keep[rows].unsqueeze(1)).to(dtype)
+            if part is not None and dw is not None:
+                dw += torch.mm(dlogits.T, scaled, out=part)
+            elif dw is not None:
+                dw.addmm_(dlogits.T, scaled)
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         return total
@@ -125,21 +144,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = dw.mul_(grad).to(ctx.dtypes[0]) if dw is not None else None
         db = db.mul_(grad).to(ctx.dtypes[1]) if db is not None else None
         return dx, dw, db, None, None, None, None
-
-
-def _softmax_of_logits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, out: Tensor
-) -> Tensor:
-    """Write softmax(x W^T + b) into `out` in fp32; return each row's peak minus target logit."""
-    if x.dtype is not torch.float32:
-        logits = F.linear(x, weight, bias).float()
-    elif bias is None:
-        logits = torch.mm(x, weight.T, out=out)
-    else:
-        logits = torch.addmm(bias, x, weight.T, out=out)
-    difference = logits.amax(-1) - logits.gather(1, index).squeeze(1)
-    torch.softmax(logits, -1, out=out)
-    return difference
 
 
 def linear_cross_entropy(

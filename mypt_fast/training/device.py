@@ -96,8 +96,8 @@ def precision(
 ) -> tuple[Precision, str | None]:
     """Choose the matmul dtype: bf16 only where it is native, fp16 with a scaler on older GPUs.
 
-    On a CPU mixed precision runs only when asked for by a flag (`explicit`): there fp32 is the
-    precision in which a resumed run is bit-identical, and short of AMX hardly slower.
+    Weights, gradients and moments stay fp32. A CPU computes in bf16 where it has the
+    instructions and in fp32 elsewhere; a notice says so if the dtype was asked for (`explicit`).
     """
     fp32 = Precision(torch.float32, False, device.type)
     if not use_amp:
@@ -108,11 +108,9 @@ def precision(
             return Precision(torch.bfloat16, False, "cuda"), None
         note = None if amp_dtype == "fp16" else "this GPU has no native bf16: using fp16"
         return Precision(torch.float16, True, "cuda"), note
-    if not explicit:
-        return fp32, None
     if amp_dtype == "bf16" and _cpu_has_bf16():
         return Precision(torch.bfloat16, False, "cpu"), None
-    return fp32, f"no native {amp_dtype} on this CPU: using fp32"
+    return fp32, f"no native {amp_dtype} on this CPU: using fp32" if explicit else None
 
 
 def _cpu_has_bf16() -> bool:

@@ -70,12 +70,12 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     device, note = devices.pick(cfg.device, explicit="device" in typed)
     cfg.device = device.type
     plan = settings.saved_state.get("plan")
-    mixed_before = isinstance(plan, dict) and plan.get("precision") in ("bf16", "fp16")
+    was_mixed = isinstance(plan, dict) and plan.get("precision") in ("bf16", "fp16")
     precision, amp_note = devices.precision(
         device,
         settings.train.use_amp,
         settings.train.amp_dtype,
-        explicit="amp_dtype" in typed or mixed_before,
+        explicit="amp_dtype" in typed or was_mixed,
     )
     notices = [n for n in (note, amp_note) if n]
     opener = DataOpener(settings, notices, progress)

@@ -15,6 +15,7 @@ SMALL = [
     "--batch_size", "4", "--dropout", "0.2", "--grad_accum_steps", "2",
     "--micro_batch_size", "2", "--max_iters", "12", "--eval_interval", "5",
     "--eval_iters", "2", "--learning_rate", "1e-2", "--warmup_iters", "2",
+    "--no_use_amp",  # the same numbers on every CPU
 ]  # fmt: skip
 
 

@@ -381,16 +381,18 @@ def test_a_gpu_torch_cannot_use_is_never_a_silent_cpu_run(monkeypatch) -> None:
     assert devices.pick("cpu", explicit=True)[0].type == "cpu"
 
 
-def test_bf16_on_a_cpu_needs_the_flag_and_the_instructions(monkeypatch) -> None:
+def test_a_cpu_computes_in_bf16_only_with_the_instructions(monkeypatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: True)
-    assert devices.precision(cpu, True, "bf16", explicit=False)[0].name == "fp32"
-    assert devices.precision(cpu, True, "bf16", explicit=True)[0].name == "bf16"
+    assert devices.precision(cpu, True, "bf16", explicit=False)[0].name == "bf16"
     assert devices.precision(cpu, False, "bf16", explicit=True)[0].name == "fp32"
+    assert devices.precision(cpu, True, "fp16", explicit=False)[0].name == "fp32"
     monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: False)
-    found, notice = devices.precision(cpu, True, "bf16", explicit=True)
-    assert found.name == "fp32"
-    assert "using fp32" in (notice or "")
+    assert devices.precision(cpu, True, "bf16", explicit=False) == (
+        devices.Precision(torch.float32, False, "cpu"),
+        None,
+    )
+    assert "using fp32" in (devices.precision(cpu, True, "bf16", explicit=True)[1] or "")
 
 
 def test_signal_handlers_are_put_back() -> None:
