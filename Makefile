@@ -28,13 +28,15 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $@
 
 demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it write
-	@rm -rf checkpoints/demo checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png .demo-again
+	@test ! -d checkpoints/demo || echo "checkpoints/demo is there already: starting anew"
+	@rm -rf checkpoints/demo checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png
 	$(BIN)/mypt-fast prepare --demo --tokenization char --out_dir data/demo_char --overwrite
 	$(BIN)/mypt-fast train --config configs/tiny_char.json --dataset_dir data/demo_char --model_name demo \
-	  --max_iters 900 --learning_rate 3e-3 --warmup_iters 50 --dropout 0 \
-	  --eval_interval 150 --eval_iters 10
+	  --max_iters 1400 --learning_rate 3e-3 --warmup_iters 100 --dropout 0 \
+	  --eval_interval 200 --eval_iters 10
 	$(BIN)/mypt-fast plot logs/train/demo_eval.jsonl --out loss.png
-	$(BIN)/mypt-fast generate --model_name demo_gold --prompt "def " --max_new_tokens 500 --seed 1
+	$(BIN)/mypt-fast generate --model_name demo_gold --prompt "class " --max_new_tokens 500 \
+	  --temperature 0.9 --repeat_window 0 --seed 3
 
 test: $(READY)  ## the default tests: under 5 minutes, no GPU, no network
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

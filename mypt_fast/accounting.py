@@ -80,48 +80,44 @@ def state_bytes(cfg: ModelConfig) -> StateBytes:
     return StateBytes(weights=4 * n, gradients=4 * n, moments=8 * n)
 
 
-def activation_bytes(
-    cfg: ModelConfig, *, element_bytes: int = 4, attention_matrix: bool = True
-) -> int:
+def activation_bytes(cfg: ModelConfig, *, attention_matrix: bool = True) -> int:
     """Estimate the bytes kept for the backward pass per sequence of `block_size` tokens.
+
+    Fitted to peak memory on a CPU (docs/decisions.md), allocator's losses included. Mixed
+    precision saves little there: autocast keeps fp32 residuals beside its 16-bit copies.
 
     Args:
         cfg: the architecture; `use_checkpoint` keeps one residual per block plus one block's worth.
-        element_bytes: bytes of an activation (4 in fp32, 2 under bf16 or fp16 autocast).
         attention_matrix: whether the attention probabilities are materialised, as PyTorch does
-            on a CPU when attention dropout is on: probabilities, mask and dropped copy.
+            on a CPU when attention dropout is on.
     """
     T, C, L = cfg.block_size, cfg.n_embd, cfg.n_layer
-    hidden = 4 * C if cfg.mlp_type == "gelu" else swiglu_hidden(C)
-    # residual, norm, qkv, attention out and its copy, projection, residual, norm, projection: 12 C
-    per_token = 12 * C + (2 if cfg.mlp_type == "gelu" else 4) * hidden
-    if cfg.pos_encoding == "rope":
-        per_token += 4 * C
-    if cfg.norm_type == "rmsnorm":
-        per_token += 4 * C
-    block = T * per_token * element_bytes
+    per_token = 6 * C + (2 * 4 * C if cfg.mlp_type == "gelu" else 4 * swiglu_hidden(C))
+    per_token += 2 * C if cfg.pos_encoding == "rope" else 0
+    per_token += 4 * C if cfg.norm_type == "rmsnorm" else 0
+    block = 4 * T * per_token
     if attention_matrix and cfg.dropout > 0:
-        block += cfg.n_head * T * T * (2 * element_bytes + 1)
-    kept = (L * T * C * element_bytes + block) if cfg.use_checkpoint else L * block
+        block += 14 * cfg.n_head * T * T  # probabilities, their dropped copy, masks
+    kept = (4 * L * T * C + block) if cfg.use_checkpoint else L * block
     return kept + 4 * T * C * 4
 
 
-# The chunked loss holds the fp32 logits of one chunk of rows and their gradient.
+# The chunked loss holds the logits of one chunk of rows, in fp32 and in the matmul's dtype.
 HEAD_CHUNK_BYTES = 192 << 20
 
 
-def fits(cfg: ModelConfig, micro_batch: int, free_bytes: int, **activation: bool | int) -> bool:
-    """Whether training at `micro_batch` sequences is estimated to fit `free_bytes`."""
-    per_sequence = activation_bytes(cfg, **activation)  # type: ignore[arg-type]
-    needed = state_bytes(cfg).total + micro_batch * per_sequence + HEAD_CHUNK_BYTES
-    return needed <= free_bytes
+def training_bytes(cfg: ModelConfig, micro_batch: int, *, attention_matrix: bool = True) -> int:
+    """Estimate the peak memory of training: state, activations of a micro-batch, head."""
+    kept = activation_bytes(cfg, attention_matrix=attention_matrix)
+    return state_bytes(cfg).total + micro_batch * kept + HEAD_CHUNK_BYTES
 
 
 def micro_batch_that_fits(
-    cfg: ModelConfig, free_bytes: int, **activation: bool | int
+    cfg: ModelConfig, free_bytes: int, *, attention_matrix: bool = True
 ) -> int | None:
     """Largest divisor of `batch_size` that is estimated to fit, or None when not even one does."""
     for rows in range(cfg.batch_size, 0, -1):
-        if cfg.batch_size % rows == 0 and fits(cfg, rows, free_bytes, **activation):
+        needed = training_bytes(cfg, rows, attention_matrix=attention_matrix)
+        if cfg.batch_size % rows == 0 and needed <= free_bytes:
             return rows
     return None

@@ -42,7 +42,7 @@ def count(n: float) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(n) >= size:
             return f"{n / size:.2f}{unit}" if unit != "k" else f"{n / size:.1f}k"
-    return f"{n:g}"
+    return f"{n:.3g}"
 
 
 def bytes_text(n: float) -> str:

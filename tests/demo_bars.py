@@ -17,9 +17,10 @@ def main() -> None:
     assert last["event"] == "training_complete"
     assert last["final_val_loss"] < 2.0, f"final val loss {last['final_val_loss']}"
     command = [sys.executable, "-m", "mypt_fast", "generate", "--model_name", "demo_gold"]
-    command += ["--prompt", "def ", "--max_new_tokens", "500", "--seed", "1"]
+    command += ["--prompt", "class ", "--max_new_tokens", "500", "--seed", "3"]
+    command += ["--temperature", "0.9", "--repeat_window", "0"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = [word for word in WORDS if word in text[4:]]
+    found = [word for word in WORDS if word in text[len("class ") :]]
     assert len(found) >= 4, f"only {found} in the sample:\n{text}"
     print(f"demo: val loss {last['final_val_loss']}, the sample holds {', '.join(found)}")
 

@@ -60,7 +60,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def chunk_rows(rows: int, vocab: int) -> int:
     """How many rows of logits fit the budget."""
-    return min(rows, max(MIN_CHUNK_ROWS, LOGITS_BUDGET_BYTES // (4 * vocab)))
+    return max(1, min(rows, max(MIN_CHUNK_ROWS, LOGITS_BUDGET_BYTES // (4 * vocab))))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         db = torch.zeros(V, dtype=torch.float32, device=x.device) if need_b else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         step = chunk_rows(N, V)
-        # Made once and written over: on a CPU fresh memory costs a third of the matmul that fills it
+        # Made once and written over: on a CPU, fresh memory costs a third of the matmul filling it
         probs_buffer = torch.empty(step, V, dtype=torch.float32, device=x.device)
         exact = dtype is torch.float32
         logits_buffer = (

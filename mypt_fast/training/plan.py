@@ -21,14 +21,6 @@ MEMORY_SHARE = 0.9  # of what is free: the estimate is not exact, and others use
 MODEL_SHARE = 0.6  # of a bare matmul's speed that a whole training step reaches, roughly
 
 
-def activation_kind(precision: devices.Precision) -> dict[str, int | bool]:
-    """How `accounting` should count activations for this device and precision."""
-    return {
-        "element_bytes": 4 if precision.dtype is torch.float32 else 2,
-        "attention_matrix": precision.device_type == "cpu",
-    }
-
-
 def choose_micro_batch(
     settings: Settings, precision: devices.Precision, free: int, notices: list[str]
 ) -> int:
@@ -71,7 +63,8 @@ def saved_micro_batch(settings: Settings) -> int | None:
 
 def _fitting(cfg: ModelConfig, precision: devices.Precision, free: int) -> int | None:
     usable = int(free * MEMORY_SHARE)
-    return accounting.micro_batch_that_fits(cfg, usable, **activation_kind(precision))
+    cpu = precision.device_type == "cpu"
+    return accounting.micro_batch_that_fits(cfg, usable, attention_matrix=cpu)
 
 
 def estimated_tokens_per_s(run: Run) -> float:
@@ -99,6 +92,9 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     parameters = console.count(accounting.count_parameters(cfg).total)
     ways = [run.precision.name, "compiled" if compiled else "eager"]
     ways += ["activations recomputed"] if cfg.use_checkpoint else []
+    needed = accounting.training_bytes(
+        cfg, run.micro_batch, attention_matrix=run.device.type == "cpu"
+    )
     resumed = " (resumed)" if s.resume else ""
     count = console.count
     return [
@@ -110,15 +106,6 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
         f"batch   {s.global_batch} sequences = {tokens_per_step:,} tokens a step, in "
         f"{micro_steps} micro-step(s) of {run.micro_batch}",
         f"device  {devices.describe(run.device)}: {', '.join(ways)}; {run.loader_note}",
-        f"memory  about {console.bytes_text(needed_bytes(run))} of "
-        f"{console.bytes_text(run.free_bytes)} free",
+        f"memory  about {console.bytes_text(needed)} of {console.bytes_text(run.free_bytes)} free",
         f"time    about {console.span(eta)} at {count(speed)} tokens/s, guessed from a matmul",
     ]
-
-
-def needed_bytes(run: Run) -> int:
-    """Estimated peak memory of the run: state, activations of a micro-batch, head."""
-    cfg = run.settings.model
-    kept = accounting.activation_bytes(cfg, **activation_kind(run.precision))  # type: ignore[arg-type]
-    fixed = accounting.state_bytes(cfg).total + accounting.HEAD_CHUNK_BYTES
-    return fixed + run.micro_batch * kept
