@@ -1,6 +1,6 @@
 """A training step on this CPU, ours beside a plain PyTorch GPT of the same shape.
 
-Both models take the same batch, fp32, AdamW (fused) and gradient clipping, in one process, in
+Both models take the same batch, dtype, AdamW (fused) and gradient clipping, in one process, in
 turn: every round runs the reference once and ours once, and the ratio is taken pair by pair.
 
     pytest bench/bench_step.py --benchmark-only          the rows
@@ -24,11 +24,13 @@ from mypt_fast import presets
 from mypt_fast.accounting import count_parameters
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.model import GPT
+from mypt_fast.training import device as devices
 from mypt_fast.training.optim import adamw
 
 ROUNDS = 7
-# sequences per step: the preset's for tiny; 8 of small's 32 keep the whole file under 5 minutes
-CASES = {"tiny": 16, "small": 8}
+# the preset's batch for tiny; 8 of small's 32 sequences keep the whole file under 6 minutes
+SEQUENCES = {"tiny": 16, "small": 8}
+CASES = [("tiny", "fp32"), ("small", "fp32"), ("tiny", "bf16")]
 
 
 class PlainBlock(nn.Module):
@@ -87,38 +89,52 @@ def stepper(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Ca
     return step
 
 
-def pair(preset: str, compiled: bool) -> tuple[Callable[[], float], Callable[[], float], int]:
+def pair(
+    preset: str, dtype: str, compiled: bool
+) -> tuple[Callable[[], float], Callable[[], float], int]:
     """Reference step, our step, tokens per step."""
     cfg = presets.load(preset).model
     torch.manual_seed(0)
     plain, ours = PlainGPT(cfg).train(), GPT(cfg).train()
     assert sum(p.numel() for p in plain.parameters()) == count_parameters(cfg).total
-    shape = (CASES[preset], cfg.block_size)
+    shape = (SEQUENCES[preset], cfg.block_size)
     x, y = (torch.randint(cfg.vocab_size, shape) for _ in "xy")
     reference_loss: Callable[[Tensor, Tensor], Tensor] = plain
     if compiled:
         reference_loss = torch.compile(plain)
         ours.hidden = torch.compile(ours.hidden)  # as the trainer does
-    reference = stepper(plain, reference_loss)
-    own = stepper(ours, lambda x, y: ours(x, y) / y.numel())
+    amp = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+    def under_amp(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(x: Tensor, y: Tensor) -> Tensor:
+            with amp:
+                return loss(x, y)
+
+        return call
+
+    reference = stepper(plain, under_amp(reference_loss))
+    own = stepper(ours, under_amp(lambda x, y: ours(x, y) / y.numel()))
     for step in (reference, own, reference, own):  # compile and warm up
         step(x, y)
     return lambda: reference(x, y), lambda: own(x, y), x.numel()
 
 
-def compare(preset: str, compiled: bool, rounds: int = ROUNDS) -> dict:
+def compare(preset: str, dtype: str, compiled: bool) -> dict:
     """Run both in turn; returns samples and the median of the pairwise ratios."""
-    reference, own, tokens = pair(preset, compiled)
-    pairs = [(reference(), own()) for _ in range(rounds)]
-    return row(preset, compiled, pairs, tokens)
+    reference, own, tokens = pair(preset, dtype, compiled)
+    pairs = [(reference(), own()) for _ in range(ROUNDS)]
+    return row(preset, dtype, compiled, pairs, tokens)
 
 
-def row(preset: str, compiled: bool, pairs: list[tuple[float, float]], tokens: int) -> dict:
+def row(
+    preset: str, dtype: str, compiled: bool, pairs: list[tuple[float, float]], tokens: int
+) -> dict:
     ratios = [r / o for r, o in pairs]
     return {
         "preset": preset,
+        "dtype": dtype,
         "mode": "compiled" if compiled else "eager",
-        "sequences": CASES[preset],
+        "sequences": SEQUENCES[preset],
         "tokens_per_step": tokens,
         "reference_s": [r for r, _ in pairs],
         "ours_s": [o for _, o in pairs],
@@ -129,10 +145,12 @@ def row(preset: str, compiled: bool, pairs: list[tuple[float, float]], tokens: i
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("preset", CASES)
-def test_step(benchmark, preset: str, compiled: bool) -> None:
-    benchmark.group = f"training step, {preset}"
-    reference, own, tokens = pair(preset, compiled)
+@pytest.mark.parametrize(("preset", "dtype"), CASES)
+def test_step(benchmark, preset: str, dtype: str, compiled: bool) -> None:
+    if dtype == "bf16" and not devices.cpu_has_bf16():
+        pytest.skip("this CPU has no bf16 instructions")
+    benchmark.group = f"training step, {preset} {dtype}"
+    reference, own, tokens = pair(preset, dtype, compiled)
     reference_s: list[float] = []
     own_s: list[float] = []
     benchmark.pedantic(
@@ -140,14 +158,16 @@ def test_step(benchmark, preset: str, compiled: bool) -> None:
         setup=lambda: reference_s.append(reference()),  # untimed here, timed by itself
         rounds=ROUNDS,
     )
-    result = row(preset, compiled, list(zip(reference_s, own_s, strict=True)), tokens)
+    result = row(preset, dtype, compiled, list(zip(reference_s, own_s, strict=True)), tokens)
     benchmark.extra_info.update(result)
     print(f"\n{preset} {result['mode']}: {result['speedup_median']:.3f}x plain PyTorch")
 
 
 if __name__ == "__main__":
-    rows = [compare(p, c) for p in CASES for c in (False, True)]
+    cases = [c for c in CASES if c[1] == "fp32" or devices.cpu_has_bf16()]
+    rows = [compare(p, d, c) for p, d in cases for c in (False, True)]
     for r in rows:
         ratio = f"{r['speedup_median']:.3f}x (min {r['speedup_min']:.3f})"
-        print(f"{r['preset']:6} {r['mode']:9} {ratio} {r['ours_tokens_per_s']:,.0f} tokens/s")
+        case = f"{r['preset']:6} {r['dtype']} {r['mode']:9}"
+        print(f"{case} {ratio} {r['ours_tokens_per_s']:,.0f} tokens/s")
     save("step", machine(), rows)

@@ -108,12 +108,13 @@ def precision(
             return Precision(torch.bfloat16, False, "cuda"), None
         note = None if amp_dtype == "fp16" else "this GPU has no native bf16: using fp16"
         return Precision(torch.float16, True, "cuda"), note
-    if amp_dtype == "bf16" and _cpu_has_bf16():
+    if amp_dtype == "bf16" and cpu_has_bf16():
         return Precision(torch.bfloat16, False, "cpu"), None
     return fp32, f"no native {amp_dtype} on this CPU: using fp32" if explicit else None
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 natively."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:

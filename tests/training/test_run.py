@@ -383,11 +383,11 @@ def test_a_gpu_torch_cannot_use_is_never_a_silent_cpu_run(monkeypatch) -> None:
 
 def test_a_cpu_computes_in_bf16_only_with_the_instructions(monkeypatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: True)
     assert devices.precision(cpu, True, "bf16", explicit=False)[0].name == "bf16"
     assert devices.precision(cpu, False, "bf16", explicit=True)[0].name == "fp32"
     assert devices.precision(cpu, True, "fp16", explicit=False)[0].name == "fp32"
-    monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: False)
     assert devices.precision(cpu, True, "bf16", explicit=False) == (
         devices.Precision(torch.float32, False, "cpu"),
         None,
