@@ -1,5 +1,6 @@
 """What people read: MyPT's two-line eval summary, gold lines, tables, the live line."""
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +10,18 @@ from typing import Any
 
 
 def say(text: str = "") -> None:
-    """Print one line of the story of a run."""
-    print(text, flush=True)
+    """Print one line of the story of a run, which goes on when nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = _Nowhere()
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes what nobody reads."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def notice(text: str) -> None:
@@ -128,8 +139,8 @@ class Live:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=total, initial=start, bar_format="{desc} |{bar:20}| {percentage:3.0f}%",
-                leave=False, dynamic_ncols=True,
+                total=total, initial=start, bar_format="{percentage:3.0f}% |{bar:12}| {desc}",
+                leave=False, dynamic_ncols=True, file=sys.__stderr__,
             )  # fmt: skip
 
     def within(self, step: int, done: int, left: int) -> None:

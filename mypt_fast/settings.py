@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mypt_fast import presets
+from mypt_fast import presets, publish
 from mypt_fast.config import (
     ARCHITECTURE_KEYS,
     ModelConfig,
@@ -96,6 +96,9 @@ def resolve(
     out.preset_path = preset.path if preset else None
     out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
     saved_run = _known(saved_state.get("training_config"), TrainConfig)
+    if name != (saved_state.get("training_config") or {}).get("model_name", name):
+        for key in ("log_file", "terminal_log_file"):  # a gold directory is a run of its own
+            saved_run.pop(key, None)
     from_preset = _given(preset, preset.train) if preset else {}
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
     # flags and preset were checked above: what is wrong from here on came from the saved run
@@ -118,8 +121,22 @@ def _pick(typed: dict[str, Any], section: type) -> dict[str, Any]:
 
 
 def _saved(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Return config.json and training_state.json of an existing run, or (None, {})."""
-    if not all((run_dir / n).is_file() for n in BUNDLE_HINTS):
+    """Return config.json and training_state.json of an existing run, or (None, {}).
+
+    A save that died between two renames is finished first, and what is left of a checkpoint is
+    refused: a new run would write over it.
+    """
+    if run_dir.parent.is_dir():
+        publish.clean_stale(run_dir)
+    missing = [n for n in BUNDLE_HINTS if not (run_dir / n).is_file()]
+    remains = [n for n in ("model.pt", "optimizer.pt", STATE_FILE) if (run_dir / n).is_file()]
+    if missing and remains:
+        raise ConfigError(
+            f"{run_dir} holds a part of a checkpoint",
+            f"{remains[0]} without {missing[0]}",
+            "restore the file, or move the folder away to start anew",
+        )
+    if missing:
         return None, {}
     config = presets.read_json(run_dir / "config.json")
     state_path = run_dir / STATE_FILE

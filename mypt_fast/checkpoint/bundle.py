@@ -25,8 +25,8 @@ from mypt_fast.checkpoint.manifest import (
     read_info,
     verified,
 )
-from mypt_fast.checkpoint.publish import staged
 from mypt_fast.errors import CheckpointError, IntegrityError
+from mypt_fast.publish import staged
 
 __all__ = [
     "JSON_FILES",
@@ -192,9 +192,10 @@ def _json_bytes(content: Any) -> bytes:
 
 def check_writable(target: Path) -> None:
     """Refuse a run whose first save would fail: raises CheckpointError."""
-    probe = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    real = Path(os.path.realpath(target))
+    probe = real.parent / f".{real.name}.tmp-{os.getpid()}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
         probe.mkdir(exist_ok=True)
         probe.rmdir()
     except OSError as e:

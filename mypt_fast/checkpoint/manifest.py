@@ -7,9 +7,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from mypt_fast.checkpoint.publish import clean_stale
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.presets import read_json
+from mypt_fast.publish import clean_stale
 
 MANIFEST_SCHEMA = 1
 MAX_MEMBER_BYTES = 64 << 20  # a trained BPE's merges take a few MiB

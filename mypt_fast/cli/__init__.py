@@ -141,6 +141,15 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:  # full disk, permission: the environment's, with its own words
         return _fail(f"{e.filename or 'input/output'}: {e.strerror or e}", 2, debug)
     except Exception as e:
+        if (
+            isinstance(e, MemoryError)
+            or "OutOfMemory" in type(e).__name__
+            or "can't allocate" in str(e)
+        ):
+            cure = "lower --micro_batch_size or --batch_size, or pass --use_checkpoint"
+            return _fail(
+                f"out of memory; {str(e).splitlines()[0] if str(e) else ''}; {cure}", 2, debug
+            )
         text = f"internal error: {type(e).__name__}: {e}; this is a defect of mypt-fast"
         return _fail(text + "; rerun with --debug and report it", 1, debug)
 

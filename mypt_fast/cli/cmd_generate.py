@@ -35,6 +35,7 @@ PRESETS = {
 }
 MODES = {"qa": "factual", "creative": "creative", "factual": "factual", "code": "code"}
 SETTINGS = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1}
+MAX_SEED = (1 << 63) - 1
 LEAST = {"num_samples": 1, "max_new_tokens": 0, "repeat_window": 0, "seed": 0}
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         if given.get(name, least) < least:
             found = f"found {given[name]}"
             raise ConfigError(f"--{name} is out of range", found, f"use >= {least}")
+    if given.get("seed", 0) > MAX_SEED - count:
+        raise ConfigError("--seed is out of range", f"found {given['seed']}", "use less than 2^63")
     prompt = read_prompt(given)
     from mypt_fast.checkpoint.manifest import locate
 

@@ -82,8 +82,9 @@ def _train(resolved: settings.Settings, dry_run: bool) -> int:
         console.notice(f"note: {notice}")
     start = int(resolved.saved_state.get("step") or 0)
     compiled = use_compile(resolved.train, opened.device)
-    for line in plan_lines(opened, start, compiled):
-        console.say(line)
+    if start < resolved.train.max_iters or not resolved.resume:
+        for line in plan_lines(opened, start, compiled):
+            console.say(line)
     if dry_run or resolved.train.max_iters == 0:
         console.say("dry run: settings and data are good; nothing was trained")
         opened.close()

@@ -14,7 +14,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from mypt_fast.errors import DataError, IntegrityError
 
@@ -25,6 +25,7 @@ WIDTHS = {"uint16": 2, "uint32": 4}
 _METADATA_LIMIT = 64 << 20  # bytes; 100,000 shards with their hashes stay below 16 MiB
 _SAMPLE_BYTES = 64 << 10
 _MIN_SAMPLE_WORDS = 32  # below this a pattern of zeros proves nothing
+SAMPLE_BYTES = 4096
 _PREPARE = "prepare the dataset again"
 
 
@@ -37,7 +38,8 @@ class Shard:
         width: bytes per token, 2 or 4.
         n_tokens: how many tokens it holds.
         offset: bytes before the first token.
-        digest: XXH3-128 of the file as its metadata records it, "" when not recorded.
+        digest: XXH3-128 of the file as its metadata records it; when it records none, a hash of
+            samples of the file, so that another file of the same name and size is told apart.
     """
 
     path: Path
@@ -112,7 +114,7 @@ def read_metadata(dataset_dir: Path) -> dict[str, Any]:
 
 
 def dataset_fingerprint(shards: list[Shard]) -> str:
-    """Return 16 hex digits that change when a name, size, width or recorded hash does."""
+    """Return 16 hex digits that change when a name, size, width or digest does."""
     lines = (f"{s.name} {s.width} {s.offset} {s.n_tokens} {s.digest}\n" for s in shards)
     return hashlib.blake2b("".join(lines).encode(), digest_size=8).hexdigest()
 
@@ -131,6 +133,7 @@ def _open_shard(path: Path, width: int, recorded: dict[str, Any] | None) -> Shar
     try:
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
+            digest = (recorded or {}).get("xxh3_128") or _sampled_digest(file, info.st_size)
     except OSError as error:
         raise DataError(f"shard {path}", f"cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(info.st_mode):
@@ -143,7 +146,7 @@ def _open_shard(path: Path, width: int, recorded: dict[str, Any] | None) -> Shar
         )
     n_tokens = info.st_size // width
     if recorded is None:
-        return Shard(path, width, n_tokens)
+        return Shard(path, width, n_tokens, digest=digest)
     if n_tokens != recorded["tokens"]:
         raise IntegrityError(
             f"shard {path}",
@@ -151,7 +154,17 @@ def _open_shard(path: Path, width: int, recorded: dict[str, Any] | None) -> Shar
             f"bytes = {recorded['tokens'] * width}",
             f"copy the file again or {_PREPARE}",
         )
-    return Shard(path, width, n_tokens, digest=recorded.get("xxh3_128", ""))
+    return Shard(path, width, n_tokens, digest=digest)
+
+
+def _sampled_digest(file: BinaryIO, size: int) -> str:
+    """Hash 64 blocks spread over a file, both ends among them: 256 KiB however large it is."""
+    digest = hashlib.blake2b(digest_size=8)
+    blocks = max(1, -(-size // SAMPLE_BYTES))
+    for i in sorted({j * (blocks - 1) // 63 for j in range(64)}):
+        file.seek(i * SAMPLE_BYTES)
+        digest.update(file.read(SAMPLE_BYTES))
+    return f"sampled-{digest.hexdigest()}"
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:

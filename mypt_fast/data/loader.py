@@ -184,6 +184,11 @@ class TokenLoader:
         self.position = 0
         self._taken = 0  # rows of this rank's share of the current step already read
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the corpus: equal where the tokens are."""
+        return self._corpus.fingerprint
+
     def read(
         self, first_sample: int, rows: int, x: Int64 | None = None, y: Int64 | None = None
     ) -> tuple[Int64, Int64]:
@@ -250,7 +255,7 @@ class TokenLoader:
             raise DataError(
                 f"resuming the data position on {self._corpus.source}",
                 "; ".join(differing),
-                "use the data and settings of the saved run, or start a new data position",
+                "use the data and settings of the saved run, or start another run (--model_name)",
             )
         sample = state.get("global_sample")
         if (

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import shutil
 import warnings
 from contextlib import AbstractContextManager
@@ -29,7 +30,7 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
             use (a driver too old): never a silent CPU run.
     """
     wanted = requested or "auto"
-    if wanted != "auto" and wanted.split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
         raise DeviceError(f"unknown device '{wanted}'", cure="use cpu, cuda or cuda:N")
     if wanted == "cpu":
         return torch.device("cpu"), None
@@ -42,7 +43,9 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
             raise DeviceError(f"device {wanted}", f"found {torch.cuda.device_count()} GPU(s)")
         return torch.device("cuda", index), None
     reason = _one_line(str(caught[-1].message)) if caught else ""
-    if torch.version.cuda and (reason or _driver_present()):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    driver = _driver_present() and not hidden
+    if torch.version.cuda and (reason or driver):
         raise DeviceError(
             "a GPU is here but torch cannot use it",
             reason or f"torch {torch.__version__} was built for CUDA {torch.version.cuda}",
@@ -59,7 +62,8 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
         return torch.device(
             "cpu"
         ), f"device {wanted} is stored in the config; no GPU here, using the CPU"
-    return torch.device("cpu"), None
+    without = f"a GPU driver is here, but torch {torch.__version__} is built without CUDA"
+    return torch.device("cpu"), f"{without}: using the CPU" if driver else None
 
 
 def _driver_present() -> bool:
@@ -150,10 +154,19 @@ def _cgroup_free() -> list[int]:
     free = []
     for limit, used in pairs:
         try:
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+            taken = int((root / used).read_text()) - _page_cache(root / used)
+            free.append(int((root / limit).read_text()) - taken)
         except (OSError, ValueError):  # absent, or "max"
             continue
     return free
+
+
+def _page_cache(usage: Path) -> int:
+    """Bytes of files among a cgroup's usage that the kernel gives up when memory is asked for."""
+    for line in usage.with_name("memory.stat").read_text().splitlines():
+        if line.startswith(("inactive_file ", "total_inactive_file ")):
+            return int(line.split()[1])
+    return 0
 
 
 def peak_bytes(device: torch.device) -> int:

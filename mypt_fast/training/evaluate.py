@@ -35,7 +35,7 @@ def mean_loss(
         for first in range(0, windows, rows):
             between()
             x, y = (torch.from_numpy(a) for a in loader.read(first, min(rows, windows - first)))
-            loss = model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+            loss = model(x.to(device), y.to(device))
             total += loss.double().cpu()
             tokens += y.numel()
     finally:

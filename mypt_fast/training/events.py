@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +43,7 @@ class EventLog:
         if "iter" in fields:
             record["iter"] = fields.pop("iter")
         record["timestamp"] = datetime.datetime.now().isoformat()
-        line = json.dumps({**record, **fields}, ensure_ascii=False, allow_nan=True)
+        line = json.dumps({**record, **fields}, ensure_ascii=False, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()  # a killed process loses nothing; a power cut, at most the tail
 
@@ -84,5 +85,5 @@ def _ends_line(path: Path, position: int) -> bool:
 
 
 def loss6(value: float | None) -> float | None:
-    """Losses are logged with six decimals."""
-    return None if value is None else round(value, 6)
+    """Losses are logged with six decimals, and as null when they are not finite."""
+    return None if value is None or not math.isfinite(value) else round(value, 6)

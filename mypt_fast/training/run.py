@@ -68,7 +68,7 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     """
     cfg, typed = settings.model, settings.typed
     device, note = devices.pick(cfg.device, explicit="device" in typed)
-    cfg.device = device.type
+    cfg.device = str(device) if device.index else device.type
     plan = settings.saved_state.get("plan")
     was_mixed = isinstance(plan, dict) and plan.get("precision") in ("bf16", "fp16")
     precision, amp_note = devices.precision(

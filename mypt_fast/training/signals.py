@@ -1,10 +1,10 @@
-"""SIGINT and SIGTERM become a request to stop; a second SIGINT stops at once."""
+"""SIGINT, SIGTERM and SIGHUP become a request to stop; a second SIGINT stops at once."""
 
 import os
 import signal
 from types import FrameType, TracebackType
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
 class StopRequested(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.loader import TokenCorpus, TokenLoader
-from mypt_fast.errors import DataError
+from mypt_fast.errors import ConfigError, DataError
 from mypt_fast.presets import read_json
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
@@ -54,6 +54,14 @@ class DataOpener:
     def open(self) -> tuple[Tokenizer, list[Phase], int, int]:
         """Open the training data; returns tokenizer, phases and token counts."""
         data, curriculum = self.settings.data, self.settings.train.curriculum
+        if data.input_file and curriculum:
+            raise ConfigError(
+                "--input_file and a curriculum are two sources of data",
+                f"found {data.input_file} and {len(curriculum.phases)} phase(s)",
+                "prepare the text and name it in a phase, or use a config without a curriculum",
+            )
+        if data.dataset_dir and "tokenization" in self.settings.typed:
+            self.notices.append("--tokenization is ignored: the dataset has its own tokenizer")
         if data.input_file:
             tokenizer, corpora = self._text(Path(data.input_file))
             self._fit_vocabulary(tokenizer, data.input_file)
@@ -62,8 +70,9 @@ class DataOpener:
         parts = list(curriculum.phases) if curriculum else []
         if not parts:
             parts = [CurriculumPhase(name="train", dataset_dir=data.dataset_dir or self._demo())]
-        elif data.dataset_dir:
-            parts[0] = CurriculumPhase(**{**vars(parts[0]), "dataset_dir": data.dataset_dir})
+        elif curriculum and data.dataset_dir and "dataset_dir" in self.settings.typed:
+            parts[0] = replace(parts[0], dataset_dir=data.dataset_dir)
+            self.settings.train.curriculum = replace(curriculum, phases=tuple(parts))
         tokenizer = self._dataset_tokenizer(parts[0].dataset_dir)
         self._fit_vocabulary(tokenizer, parts[0].dataset_dir)
         opened = []

@@ -104,6 +104,7 @@ class Store:
                 **self.settings.train.to_dict(),
                 **vars(self.settings.data),
                 **self.sources(),
+                "model_name": self.settings.model_name,
                 "start_step": self.start_step,
                 "save_dtype": dtype,
                 "model_params": {
@@ -151,7 +152,11 @@ class Store:
             ],
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
-            "log": {"path": str(self.log.path), "bytes": self.log.position},
+            "log": {
+                "run": self.settings.model_name,
+                "path": str(self.log.path),
+                "bytes": self.log.position,
+            },
         }
 
     def sources(self) -> dict[str, Any]:
@@ -216,12 +221,18 @@ class Store:
                 console.notice(f"{saved.path.name}: no optimizer.pt; its moments start from zero")
             return
         try:
+            for ours, theirs in zip(
+                self.optimizer.param_groups, saved.optimizer["param_groups"], strict=True
+            ):
+                # the moments are the saved run's, the settings are this start's
+                theirs.update({k: v for k, v in ours.items() if k != "params"})
             self.optimizer.load_state_dict(saved.optimizer)
-        except (ValueError, KeyError) as e:
-            raise IntegrityError(
-                f"{saved.path / 'optimizer.pt'} does not fit the model",
-                str(e),
-                "delete it to start the moments from zero",
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(
+                f"{saved.path / 'optimizer.pt'} does not fit the trainable parameters",
+                str(e)[:150],
+                "freeze_layers and freeze_embeddings stay as they were; or delete the file to "
+                "start the moments from zero",
             ) from e
 
     def _restore_manifest(self, state: dict[str, Any]) -> None:
@@ -229,19 +240,22 @@ class Store:
         devices.set_rng_state(rng, self.run.device)
         progress = dict(state["progress"])
         self.progress = Progress(**{**progress, "gold": GoldState(**progress["gold"])})
-        self.scaler.load_state_dict(state["scaler"])
-        positions = {(d["phase"], d["source"]): d["state"] for d in state["data"]}
-        for phase in self.run.phases:
-            position = positions.get((phase.name, phase.source))
-            if position is not None:
-                phase.train.load_state_dict(position)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        for i, phase in enumerate(self.run.phases):
+            saved: dict[str, Any] = state["data"][i] if i < len(state["data"]) else {}
+            same_place = saved.get("source") == phase.source
+            same_data = saved.get("state", {}).get("fingerprint") == phase.train.fingerprint
+            if same_place or same_data:  # a dataset may move; at its place it may not change
+                phase.train.load_state_dict(saved["state"])
             else:
-                known = ", ".join(source for _, source in positions)
+                before = saved.get("source")
                 console.notice(
-                    f"data changed from {known} to {phase.source}: its order starts anew"
+                    f"data changed from {before} to {phase.source}: its order starts anew"
                 )
-        if state["log"]["path"] == str(self.log.path):
-            dropped = self.log.rewind(int(state["log"]["bytes"]))
+        log = state["log"]
+        if (log.get("run"), log["path"]) == (self.settings.model_name, str(self.log.path)):
+            dropped = self.log.rewind(int(log["bytes"]))
             if dropped:
                 console.notice(
                     f"{self.log.path}: {dropped} bytes from after step {self.start_step} dropped; "

@@ -88,17 +88,16 @@ class Trainer:
             self.stop = stop
             try:
                 while self.step < end:
+                    self.stop.raise_if_set()
                     if self._evaluation_is_due():
                         self._evaluate()
-                    self._switch_phase()
                     self._train_step()
                     self.step += 1
-                    if (
-                        self.train_cfg.save_interval
-                        and self.step % self.train_cfg.save_interval == 0
-                    ):
+                    interval = self.train_cfg.save_interval
+                    if interval and self.step % interval == 0:
                         self.store.save(self.step)
                 self._finish()
+                return 0
             except StopRequested:
                 self._stop_early()
             finally:
@@ -110,7 +109,6 @@ class Trainer:
 
     def _train_step(self) -> None:
         began = time.perf_counter()
-        self.stop.raise_if_set()
         self.rng_at_step = devices.rng_state(self.device)
         lr = learning_rate(self.step, self.train_cfg)
         for group in self.optimizer.param_groups:
@@ -125,6 +123,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.rng_at_step = None
         seconds = time.perf_counter() - began
+        self._note_phase()
         self.journal.step(self.step, loss, lr, norm, seconds)
         if math.isfinite(loss):
             self.store.progress.losses_since_eval.append(loss)
@@ -149,9 +148,9 @@ class Trainer:
         return total
 
     def _put(self, rows: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return torch.from_numpy(rows).to(self.device)
 
-    def _switch_phase(self) -> None:
+    def _note_phase(self) -> None:
         now = self.run.phase_at(self.step)
         if self.step and now is not self.run.phase_at(self.step - 1):
             self.journal.phase(self.step, now.name)
@@ -170,7 +169,7 @@ class Trainer:
             return mean_loss(self.model, loader, windows, rows, self.device, self.stop.raise_if_set)
 
     def _evaluate(self) -> None:
-        """Measure, report, decide about gold, save: MyPT's order."""
+        """Measure, report, decide about gold, save."""
         began = time.perf_counter()
         # at a switch the evaluation still belongs to the phase that was trained on
         phase = self.run.phase_at(max(self.step - 1, 0))
@@ -185,9 +184,9 @@ class Trainer:
         decision = self._decide(val, others, final=False)
         progress.last_eval_step = self.step
         progress.losses_since_eval.clear()
-        self.store.save(self.step)
-        if decision.save:
+        if decision.save:  # before the run: what dies in between is repeated, gold included
             self.store.save_gold(self.step)
+        self.store.save(self.step)
 
     def _decide(self, val: float, others: dict[str, float], final: bool) -> Decision:
         rules = self.train_cfg.gold_selection or GoldSelection()
@@ -211,10 +210,11 @@ class Trainer:
         progress.last_eval_step = self.step
         progress.losses_since_eval.clear()
         self.journal.complete(self.step, train, val, progress.gold)
-        self.store.save(self.step)
+        # the run last: what dies before it is repeated, and made again
         if decision.save:
             self.store.save_gold(self.step)
         fp16 = self.store.save_fp16(self.step)
+        self.store.save(self.step)
         gold = None
         if progress.gold.gold_step is not None and progress.gold.best_gold_val_loss is not None:
             gold = (
@@ -256,7 +256,9 @@ def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
                 f"found no {compiler}",
                 "install one, or drop the flag",
             )
-    return device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "on"
+    if cfg.compile == "auto":  # Triton builds its launchers with the C compiler
+        return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
+    return cfg.compile == "on"
 
 
 def freeze(model: GPT, cfg: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """A run that was stopped and continued equals one that never was, bit for bit."""
 
+import io
 import os
 import shutil
 import signal
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, events
+from conftest import SMALL, events, write_dataset
 
 from mypt_fast.checkpoint import bundle
 from mypt_fast.data.loader import TokenLoader
+from mypt_fast.training import device as devices
 from mypt_fast.training.journal import Journal
+from mypt_fast.training.store import Store
 from mypt_fast.training.trainer import Trainer
 
 WALL_CLOCK = (
@@ -205,12 +208,110 @@ def test_changed_data_is_refused(train, capsys) -> None:
     assert "fingerprint" in error
 
 
-def test_another_data_source_is_named(train, capsys) -> None:
+def test_another_data_source_is_named_and_a_moved_one_continues(train, capsys) -> None:
     assert train("a") == 0
-    shutil.copytree("data/toy", "data/other")
-    flags = ["--max_iters", "13", "--dataset_dir", "data/other"]
-    assert train("a", *flags, resume=True) == 0
-    assert "data changed from data/toy to data/other" in capsys.readouterr().err
+    shutil.copytree("data/toy", "data/moved")
+    assert train("a", "--max_iters", "13", "--dataset_dir", "data/moved", resume=True) == 0
+    assert "data changed" not in capsys.readouterr().err
+    assert position("a") == 13 * 8
+    write_dataset(Path("data/other"), seed=9)
+    assert train("a", "--max_iters", "14", "--dataset_dir", "data/other", resume=True) == 0
+    assert "data changed from data/moved to data/other" in capsys.readouterr().err
+    assert position("a") == 8
+
+
+def position(name: str) -> int:
+    """Global sample of the saved data position."""
+    manifest = bundle.read_info(Path("checkpoints") / name)["manifest"]
+    return manifest["data"][0]["state"]["global_sample"]
+
+
+def test_settings_given_on_resume_reach_the_optimizer(train) -> None:
+    assert train("a") == 0
+    assert train("a", "--max_iters", "13", "--weight_decay", "0.5", resume=True) == 0
+    groups = bundle.read(Path("checkpoints/a")).optimizer["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
+    assert all(g["fused"] for g in groups)
+
+
+def test_death_between_gold_and_run_repeats_both(train, monkeypatch) -> None:
+    assert train("whole") == 0
+
+    def die(self: Store, step: int) -> None:
+        if step == 10:
+            raise Killed
+        original(self, step)
+
+    original = Store.save
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "save", die)
+        with pytest.raises(Killed):
+            train("parts")
+    assert train("parts", resume=True) == 0
+    assert_same_run("whole", "parts")
+    gold = [bundle.read(Path(f"checkpoints/{n}_gold")) for n in ("whole", "parts")]
+    assert gold[0].training_state["step"] == gold[1].training_state["step"]
+    assert torch.equal(gold[0].state_dict["lm_head.weight"], gold[1].state_dict["lm_head.weight"])
+
+
+def test_a_save_that_died_between_two_renames_is_found_again(train) -> None:
+    assert train("a") == 0
+    Path("checkpoints/a").rename("checkpoints/.a.old-999999999")
+    assert train("a", "--max_iters", "13", resume=True) == 0
+    assert [e["iter"] for e in events("a", "train")] == list(range(13))
+
+
+def test_what_is_left_of_a_checkpoint_is_not_written_over(train, capsys) -> None:
+    assert train("a") == 0
+    Path("checkpoints/a/config.json").unlink()
+    before = Path("checkpoints/a/model.pt").read_bytes()
+    assert train("a") == 2
+    assert "model.pt without config.json" in capsys.readouterr().err
+    assert Path("checkpoints/a/model.pt").read_bytes() == before
+
+
+def test_continuing_from_gold_leaves_the_runs_own_log_alone(train) -> None:
+    assert train("a", "--log_file", "mine.jsonl") == 0
+    before = Path("mine.jsonl").read_bytes()
+    step = bundle.read_info(Path("checkpoints/a_gold"))["training_state"]["step"]
+    assert train("a_gold", "--max_iters", str(step + 1), resume=True) == 0
+    assert Path("mine.jsonl").read_bytes() == before
+
+
+def test_a_linked_run_directory_stays_a_link(train) -> None:
+    Path("big").mkdir()
+    assert train("a") == 0
+    Path("checkpoints/a").rename("big/a")
+    Path("checkpoints/a").symlink_to(Path("big/a").resolve())
+    assert train("a", "--max_iters", "13", resume=True) == 0
+    assert Path("checkpoints/a").is_symlink()
+    assert bundle.read_info(Path("big/a"))["training_state"]["step"] == 13
+    assert [p.name for p in Path("checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_state_without_a_scaler_resumes_into_one_with(train, monkeypatch) -> None:
+    assert train("a") == 0
+    half = devices.Precision(torch.float32, True, "cpu")  # scaled, at a dtype a CPU can compute
+    monkeypatch.setattr(devices, "precision", lambda *_, **__: (half, None))
+    assert train("a", "--max_iters", "14", resume=True) == 0
+    assert bundle.read_info(Path("checkpoints/a"))["manifest"]["scaler"]["scale"] == 65536.0
+    assert train("a", "--max_iters", "15", resume=True) == 0
+
+
+def test_freezing_more_on_resume_is_refused_without_blaming_the_file(train, capsys) -> None:
+    assert train("a") == 0
+    assert train("a", "--max_iters", "14", "--freeze_layers", "1", resume=True) == 2
+    assert "freeze_layers and freeze_embeddings stay as they were" in capsys.readouterr().err
+
+
+def test_training_goes_on_when_its_output_is_closed(train, monkeypatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert train("a") == 0
+    assert [e["iter"] for e in events("a", "train")] == list(range(12))
 
 
 def test_a_bundle_without_manifest_and_optimizer_continues_with_notices(train, capsys) -> None:

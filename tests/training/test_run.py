@@ -137,7 +137,7 @@ def test_the_console_reads_as_the_documents_say(train, capsys) -> None:
         (r"(?m)^(device|memory|time ).*$", r"\1 ..."),
     ):  # fmt: skip
         out = re.sub(pattern, shown, out)
-    out = re.sub(r"\d\.\d{4}", "0.0000", out)  # losses differ in the last digits between CPUs
+    out = re.sub(r"(\d\.\d\d)\d\d", r"\1..", out)  # the last digits differ between CPUs
     golden = GOLDEN / "console.txt"
     if os.environ.get("MYPT_UPDATE_GOLDEN"):
         golden.write_text(out, encoding="utf-8")

@@ -6,6 +6,7 @@ A reader sees the old directory or the new one, never a mixture, whenever the pr
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def staged(target: Path, owned: frozenset[str]) -> Iterator[Path]:
     Raises:
         OSError: as the system reports it; `target` is then as it was.
     """
+    target = Path(os.path.realpath(target))  # a link to a larger disk stays a link
     clean_stale(target)
     aside = target.parent / f".{target.name}.tmp-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -44,12 +46,14 @@ def staged(target: Path, owned: frozenset[str]) -> Iterator[Path]:
 
 def clean_stale(target: Path) -> None:
     """Finish or remove what a killed process left beside `target`."""
-    for old in sorted(target.parent.glob(f".{target.name}.old-*")):
+    target = Path(os.path.realpath(target))
+    name = glob.escape(target.name)
+    for old in sorted(target.parent.glob(f".{name}.old-*")):
         if not target.exists():  # killed between the two renames: the old state is the state
             os.rename(old, target)
         elif not _alive(old.name):
             shutil.rmtree(old, ignore_errors=True)
-    for stale in target.parent.glob(f".{target.name}.tmp-*"):
+    for stale in target.parent.glob(f".{name}.tmp-*"):
         if not _alive(stale.name):
             shutil.rmtree(stale, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mypt_fast.checkpoint import publish
+from mypt_fast import publish
 
 OWNED = frozenset({"model.pt", "state.json"})
 
