@@ -13,6 +13,7 @@ from torch import Tensor
 # each at batch 32 x 256 x 50,304), and on a CPU faults their pages in anew each step.
 LOGITS_BUDGET_BYTES = 96 << 20
 MIN_CHUNK_ROWS = 64
+TILE_ROWS = 64
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -58,9 +59,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def chunk_rows(rows: int, vocab: int) -> int:
-    """How many rows of logits fit the budget."""
-    return max(1, min(rows, max(MIN_CHUNK_ROWS, LOGITS_BUDGET_BYTES // (4 * vocab))))
+def chunk_rows(rows: int, vocab: int, element_bytes: int) -> int:
+    """Rows of logits at a time: about the budget, in chunks of equal size."""
+    fitting = max(MIN_CHUNK_ROWS, LOGITS_BUDGET_BYTES // (element_bytes * vocab))
+    chunks = max(1, round(rows / fitting))
+    return max(1, -(-rows // chunks))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -86,16 +89,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w, low = weight.to(dtype), x.to(dtype)
         b = bias.to(dtype) if bias is not None else None
         dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if need_w else None
+        dw = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if need_w else None
+        if dw is not None and N == 0:
+            dw.zero_()
         db = torch.zeros(V, dtype=torch.float32, device=x.device) if need_b else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        step = chunk_rows(N, V)
+        step = chunk_rows(N, V, dtype.itemsize)
         # Made once and written over: on a CPU, fresh memory costs a third of the matmul filling it
-        probs_buffer = torch.empty(step, V, dtype=torch.float32, device=x.device)
+        buffer = torch.empty(step, V, dtype=dtype, device=x.device)
         exact = dtype is torch.float32
-        logits_buffer = (
-            probs_buffer if exact else torch.empty(step, V, dtype=dtype, device=x.device)
-        )
+        wide = buffer if exact else torch.empty(min(step, TILE_ROWS), V, device=x.device)
         part = (
             torch.empty(weight.shape, dtype=dtype, device=x.device)
             if need_w and not exact
@@ -103,35 +106,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         for i in range(0, N, step):
             rows = slice(i, i + step)
-            n = min(step, N - i)
-            logits, probs = logits_buffer[:n], probs_buffer[:n]
+            logits = buffer[: min(step, N - i)]
             if b is None:
                 torch.mm(low[rows], w.T, out=logits)
             else:
                 torch.addmm(b, low[rows], w.T, out=logits)
-            above_target = (
-                logits.amax(-1).float() - logits.gather(1, index[rows]).squeeze(1).float()
-            )
-            if not exact:
-                probs.copy_(logits)
-            torch.softmax(probs, -1, out=probs)
-            # lse - target = (peak - target) - log p_peak: no underflow however unlikely the target
-            total += ((above_target - probs.amax(-1).log()) * keep[rows]).sum()
+            losses, dlogits = _losses_and_gradient(logits, index[rows], wide)
+            total += (losses * keep[rows]).sum()
             if dx is None and dw is None and db is None:
                 continue
-            # d loss / d logits = probs - one_hot; a row's weight is applied where it is narrow
-            dlogits = probs.scatter_add_(1, index[rows], probs.new_full((n, 1), -1.0))
+            # a row's weight is applied where the row is narrow
             if db is not None:
-                db += keep[rows] @ dlogits
-            if not exact:
-                dlogits = logits.copy_(dlogits)
+                db += (keep[rows].to(dtype) @ dlogits).float()
             if dx is not None:
                 dx[rows] = (dlogits @ w).float() * keep[rows].unsqueeze(1)
             scaled = (low[rows] * keep[rows].unsqueeze(1)).to(dtype)
-            if part is not None and dw is not None:
-                dw += torch.mm(dlogits.T, scaled, out=part)
-            elif dw is not None:
-                dw.addmm_(dlogits.T, scaled)
+            if dw is not None:
+                _add_product(dw, dlogits.T, scaled, part, first=i == 0)
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         return total
@@ -144,6 +135,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = dw.mul_(grad).to(ctx.dtypes[0]) if dw is not None else None
         db = db.mul_(grad).to(ctx.dtypes[1]) if db is not None else None
         return dx, dw, db, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, part: Tensor | None, first: bool) -> None:
+    """Set `total` to a b at first, add it later; `part` holds the product of a narrow dtype."""
+    if part is not None:
+        product = torch.mm(a, b, out=part)
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
+def _losses_and_gradient(logits: Tensor, index: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and softmax - one_hot written over the logits.
+
+    Worked in tiles of rows that stay in a CPU's cache, in fp32: `wide` is a buffer for one tile,
+    or the logits themselves.
+    """
+    losses = []
+    for i in range(0, len(logits), TILE_ROWS):
+        tile, target = logits[i : i + TILE_ROWS], index[i : i + TILE_ROWS]
+        probs = tile if tile.dtype is wide.dtype else wide[: len(tile)].copy_(tile)
+        above_target = probs.amax(-1) - probs.gather(1, target).squeeze(1)
+        torch.softmax(probs, -1, out=probs)
+        # lse - target = (peak - target) - log p_peak: no underflow however unlikely the target
+        losses.append(above_target - probs.amax(-1).log())
+        probs.scatter_add_(1, target, probs.new_full((len(tile), 1), -1.0))
+        if probs is not tile:
+            tile.copy_(probs)
+    return torch.cat(losses), logits
 
 
 def linear_cross_entropy(

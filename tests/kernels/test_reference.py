@@ -11,7 +11,8 @@ from mypt_fast.kernels import reference
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one ragged, for the small shapes of these tests."""
-    monkeypatch.setattr(reference, "chunk_rows", lambda rows, vocab: max(1, min(rows, 7)))
+    monkeypatch.setattr(reference, "TILE_ROWS", 3)
+    monkeypatch.setattr(reference, "chunk_rows", lambda rows, vocab, _: max(1, min(rows, 7)))
 
 
 def head_inputs(N: int = 23, C: int = 16, V: int = 50, seed: int = 0) -> list[torch.Tensor]:
@@ -97,10 +98,15 @@ def test_mismatched_shapes_are_named() -> None:
 
 def test_chunks_hold_no_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    rows = reference.chunk_rows(100_000, 50_304)
-    assert rows * 50_304 * 4 <= reference.LOGITS_BUDGET_BYTES
-    assert reference.chunk_rows(10, 50_304) == 10
-    assert reference.chunk_rows(10**6, 10**9) == reference.MIN_CHUNK_ROWS
+    rows = reference.chunk_rows(100_000, 50_304, 4)
+    assert rows * 50_304 * 4 <= 1.5 * reference.LOGITS_BUDGET_BYTES
+    assert reference.chunk_rows(10, 50_304, 4) == 10
+    assert reference.chunk_rows(0, 50_304, 2) == 1
+    assert reference.chunk_rows(10**6, 10**9, 2) == reference.MIN_CHUNK_ROWS
+    for n in (1, 63, 64, 499, 501, 2048, 12_288):
+        rows = reference.chunk_rows(n, 50_304, 4)
+        assert rows * 50_304 * 4 <= 1.5 * reference.LOGITS_BUDGET_BYTES
+        assert (-(-n // rows) - 1) * rows < n  # no empty chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
