@@ -13,7 +13,7 @@ from torch import Tensor
 # each at batch 32 x 256 x 50,304), and on a CPU faults their pages in anew each step.
 LOGITS_BUDGET_BYTES = 96 << 20
 MIN_CHUNK_ROWS = 64
-TILE_ROWS = 64
+TILE_ROWS = 64  # on a CPU: 13 MB of fp32 logits, worked on while they are in its cache
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -98,7 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Made once and written over: on a CPU, fresh memory costs a third of the matmul filling it
         buffer = torch.empty(step, V, dtype=dtype, device=x.device)
         exact = dtype is torch.float32
-        wide = buffer if exact else torch.empty(min(step, TILE_ROWS), V, device=x.device)
+        tile_rows = min(step, TILE_ROWS) if x.device.type == "cpu" else step
+        wide = buffer if exact else torch.empty(tile_rows, V, device=x.device)
         part = (
             torch.empty(weight.shape, dtype=dtype, device=x.device)
             if need_w and not exact
@@ -111,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(low[rows], w.T, out=logits)
             else:
                 torch.addmm(b, low[rows], w.T, out=logits)
-            losses, dlogits = _losses_and_gradient(logits, index[rows], wide)
+            losses, dlogits = _losses_and_gradient(logits, index[rows], wide, tile_rows)
             total += (losses * keep[rows]).sum()
             if dx is None and dw is None and db is None:
                 continue
@@ -148,15 +149,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, part: Tensor | None, first
         total.addmm_(a, b)
 
 
-def _losses_and_gradient(logits: Tensor, index: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+def _losses_and_gradient(
+    logits: Tensor, index: Tensor, wide: Tensor, tile_rows: int
+) -> tuple[Tensor, Tensor]:
     """Each row's loss, and softmax - one_hot written over the logits.
 
-    Worked in tiles of rows that stay in a CPU's cache, in fp32: `wide` is a buffer for one tile,
+    Worked in fp32, in tiles of rows that stay in a CPU's cache: `wide` is a buffer for one tile,
     or the logits themselves.
     """
     losses = []
-    for i in range(0, len(logits), TILE_ROWS):
-        tile, target = logits[i : i + TILE_ROWS], index[i : i + TILE_ROWS]
+    for i in range(0, len(logits), tile_rows):
+        tile, target = logits[i : i + tile_rows], index[i : i + tile_rows]
         probs = tile if tile.dtype is wide.dtype else wide[: len(tile)].copy_(tile)
         above_target = probs.amax(-1) - probs.gather(1, target).squeeze(1)
         torch.softmax(probs, -1, out=probs)
