@@ -36,7 +36,7 @@ demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it wr
 	  --eval_interval 200 --eval_iters 10
 	$(BIN)/mypt-fast plot logs/train/demo_eval.jsonl --out loss.png
 	$(BIN)/mypt-fast generate --model_name demo_gold --prompt "class " --max_new_tokens 500 \
-	  --temperature 0.9 --repeat_window 0 --seed 3
+	  --temperature 0.9 --repeat_window 0 --seed 1
 
 test: $(READY)  ## the default tests: under 5 minutes, no GPU, no network
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
