@@ -12,7 +12,7 @@ from mypt_fast.data.loader import TokenLoader
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import device as devices
-from mypt_fast.training.plan import choose_micro_batch
+from mypt_fast.training.memory import choose_micro_batch
 from mypt_fast.training.sources import DataOpener, Phase
 
 
