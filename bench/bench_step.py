@@ -144,6 +144,7 @@ def row(
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("preset", "dtype"), CASES)
 def test_step(benchmark, preset: str, dtype: str, compiled: bool) -> None:
