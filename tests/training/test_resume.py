@@ -139,6 +139,18 @@ def test_low_precision_bundles_resume_from_the_exact_weights(train, monkeypatch)
     assert_same_run("whole", "parts")
 
 
+def test_mixed_precision_resumes_bit_for_bit_too(train, monkeypatch) -> None:
+    """In bf16 where this CPU has it; elsewhere the flag falls back to fp32."""
+    assert train("whole", "--use_amp", "--amp_dtype", "bf16") == 0
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4 * 6 + 3, TokenLoader, "next")
+        assert train("parts", "--use_amp", "--amp_dtype", "bf16") == 130
+    assert train("parts", resume=True) == 0
+    assert_same_run("whole", "parts")
+    plan = bundle.read_info(Path("checkpoints/parts"))["training_state"]["plan"]
+    assert plan["precision"] == ("bf16" if devices.cpu_has_bf16() else "fp32")
+
+
 def test_a_longer_run_continues_from_a_finished_one(train, capsys) -> None:
     assert train("a", "--schedule", "constant") == 0
     assert train("a", resume=True) == 0
