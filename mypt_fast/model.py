@@ -5,6 +5,8 @@ Attribute names are MyPT's state_dict keys (specification 2.5), so a bundle need
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from mypt_fast import kernels
 from mypt_fast.accounting import swiglu_hidden
 from mypt_fast.config import ModelConfig
+from mypt_fast.kernels import rope_tables
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Linear(nn.Linear):
@@ -33,26 +38,38 @@ class Embedding(nn.Embedding):
 class LayerNorm(nn.Module):
     """LayerNorm, always with weight and bias."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, impl: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
+        self.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C)."""
-        return kernels.layer_norm(x, self.weight, self.bias)
+        return kernels.layer_norm(x, self.weight, self.bias, impl=self.impl)
+
+    def join(self, branch: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Pair:
+        """Return the norm of h = x + dropout(branch), and h; both (B, T, C)."""
+        return kernels.add_layer_norm(
+            branch, x, self.weight, self.bias, dropout_p=p, seed=seed, impl=self.impl
+        )
 
 
 class RMSNorm(nn.Module):
     """RMSNorm, weight only."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, impl: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C)."""
-        return kernels.rms_norm(x, self.weight)
+        return kernels.rms_norm(x, self.weight, impl=self.impl)
+
+    def join(self, branch: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Pair:
+        """Return the norm of h = x + dropout(branch), and h; both (B, T, C)."""
+        return kernels.add_rms_norm(branch, x, self.weight, dropout_p=p, seed=seed, impl=self.impl)
 
 
 class KVCache:
@@ -75,26 +92,25 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over one packed qkv projection; scale 1/sqrt(D)."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, impl: str = "auto") -> None:
         super().__init__()
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        self.n_head, self.dropout, self.impl = cfg.n_head, cfg.dropout, impl
         self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
         self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        """x: (B, T, C); rope: tables of the positions; mask: (B, 1, T, T) bool or None: causal."""
+    def forward(self, x: Tensor, place: "Place", layer: int) -> Tensor:
+        """x: (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).split(C, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
-        if rope is not None:
-            q, k = kernels.apply_rope(q, *rope), kernels.apply_rope(k, *rope)
+        qkv, cache, mask = self.qkv(x), place.cache, place.mask
+        if place.rope is not None:
+            q, k, v = kernels.rope_qkv(
+                qkv, *place.rope, self.n_head, positions=place.positions, impl=self.impl
+            )
+        else:
+            q, k, v = (
+                t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+                for t in qkv.split(C, dim=2)
+            )
         past = cache.length if cache is not None else 0
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -104,70 +120,117 @@ class CausalSelfAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None and not past,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
-        y = y.transpose(1, 2).contiguous().view(B, T, C)
-        return F.dropout(self.proj(y), self.dropout, self.training)
+        return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
 class FeedForward(nn.Module):
     """C -> 4C -> C with exact GELU; always with biases."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, impl: str = "auto", save: str = "all") -> None:
         super().__init__()
+        self.impl, self.save = impl, save
         self.net = nn.Sequential(
-            Linear(cfg.n_embd, 4 * cfg.n_embd),
-            nn.GELU(),
-            Linear(4 * cfg.n_embd, cfg.n_embd),
-            nn.Dropout(cfg.dropout),
+            Linear(cfg.n_embd, 4 * cfg.n_embd), nn.GELU(), Linear(4 * cfg.n_embd, cfg.n_embd)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C)."""
-        return self.net(x)
+        up, down = self.net[0], self.net[2]
+        return kernels.gelu_mlp(
+            x, up.weight, up.bias, down.weight, down.bias, save=self.save, impl=self.impl
+        )
 
 
 class SwiGLUFeedForward(nn.Module):
     """w_down(silu(w_gate x) * (w_up x)); never with biases."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, impl: str = "auto", save: str = "all") -> None:
         super().__init__()
         hidden = swiglu_hidden(cfg.n_embd)
+        self.impl, self.save = impl, save
         self.w_gate = Linear(cfg.n_embd, hidden, bias=False)
         self.w_up = Linear(cfg.n_embd, hidden, bias=False)
         self.w_down = Linear(hidden, cfg.n_embd, bias=False)
-        self.dropout = cfg.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C)."""
-        y = self.w_down(kernels.swiglu(self.w_gate(x), self.w_up(x)))
-        return F.dropout(y, self.dropout, self.training)
+        return kernels.swiglu_mlp(
+            x, (self.w_gate.weight, self.w_up.weight), self.w_down.weight,
+            save=self.save, impl=self.impl,
+        )  # fmt: skip
+
+
+@dataclass
+class Place:
+    """Where the tokens of a batch stand: what every block needs besides the hidden states."""
+
+    rope: Pair | None = None  # cosines and sines, (positions, D/2)
+    positions: Tensor | None = None  # (B, T) rows of those; None: 0 .. T-1
+    mask: Tensor | None = None  # (B, 1, T, T) bool; None: causal
+    cache: KVCache | None = None
 
 
 class Block(nn.Module):
-    """x + sa(ln1(x)), then x + fwd(ln2(x))."""
+    """x + sa(ln1(x)), then x + fwd(ln2(x)).
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    A branch joins the residual stream where the next norm reads it, in one pass: a block takes the
+    branch that the one before it left, and leaves its own.
+    """
+
+    def __init__(self, cfg: ModelConfig, impl: str = "auto", mlp_save: str = "all") -> None:
         super().__init__()
         norm = RMSNorm if cfg.norm_type == "rmsnorm" else LayerNorm
-        self.use_checkpoint = cfg.use_checkpoint
-        self.sa = CausalSelfAttention(cfg)
-        self.fwd = SwiGLUFeedForward(cfg) if cfg.mlp_type == "swiglu" else FeedForward(cfg)
-        self.ln1 = norm(cfg.n_embd)
-        self.ln2 = norm(cfg.n_embd)
+        feed_forward = SwiGLUFeedForward if cfg.mlp_type == "swiglu" else FeedForward
+        self.use_checkpoint, self.dropout = cfg.use_checkpoint, cfg.dropout
+        self.sa = CausalSelfAttention(cfg, impl)
+        self.fwd = feed_forward(cfg, impl, mlp_save)
+        self.ln1 = norm(cfg.n_embd, impl)
+        self.ln2 = norm(cfg.n_embd, impl)
 
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        branch: Tensor | None,
+        place: Place,
         layer: int = 0,
-    ) -> Tensor:
-        """x: (B, T, C)."""
-        if self.use_checkpoint and self.training and cache is None:
-            x = x + checkpoint(lambda h: self.sa(self.ln1(h), rope, mask), x, use_reentrant=False)
-            return x + checkpoint(lambda h: self.fwd(self.ln2(h)), x, use_reentrant=False)
-        x = x + self.sa(self.ln1(x), rope, mask, cache, layer)
-        return x + self.fwd(self.ln2(x))
+        seeds: Sequence[Tensor | None] = (None, None),
+    ) -> Pair:
+        """Return the residual stream and the branch that is to join it, both (B, T, C).
+
+        Args:
+            x: the residual stream.
+            branch: what is to join it first; None before the first block.
+            place: positions, mask and cache.
+            layer: of the cache.
+            seeds: of the dropout on `branch` and on the attention's.
+        """
+        if self.use_checkpoint and self.training and place.cache is None:
+            x = x if branch is None else x + self._dropped(branch)
+            y = checkpoint(lambda h: self.sa(self.ln1(h), place, layer), x, use_reentrant=False)
+            x = x + self._dropped(y)
+            return x, checkpoint(lambda h: self.fwd(self.ln2(h)), x, use_reentrant=False)
+        h, x = join(self.ln1, x, branch, self.dropout, seeds[0])
+        h, x = join(self.ln2, x, self.sa(h, place, layer), self.dropout, seeds[1])
+        return x, self.fwd(h)
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training)
+
+
+def join(
+    norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor | None, p: float, seed: Tensor | None
+) -> Pair:
+    """Add dropout(branch) to x; returns the norm of the sum and the sum.
+
+    With a seed the norm's kernel draws the dropout itself; without, torch's generator does.
+    """
+    if branch is None:
+        return norm(x), x
+    if not norm.training:
+        p = 0.0
+    if seed is None:
+        branch, p = F.dropout(branch, p), 0.0
+    return norm.join(branch, x, p, seed)
 
 
 class GPT(nn.Module):
@@ -176,22 +239,31 @@ class GPT(nn.Module):
     Args:
         cfg: the architecture; `cfg.check()` has passed.
         seed: of the initial weights; None leaves them unset (for loading).
+        kernels: which implementation of the operators runs, `impl` of `mypt_fast.kernels`.
+        mlp_save: what a feed-forward keeps for its backward: "all", "gate_up" or "input".
     """
 
-    def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        seed: int | None = 0,
+        kernels: str = "auto",
+        mlp_save: str = "all",
+    ) -> None:
         super().__init__()
-        self.config = cfg
+        self.config, self.impl = cfg, kernels
         self.token_embedding_table = Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.pos_encoding == "learned":
             self.position_embedding_table = Embedding(cfg.block_size, cfg.n_embd)
         else:
-            tables = kernels.rope_tables(
+            tables = rope_tables(
                 cfg.block_size, cfg.n_embd // cfg.n_head, cfg.rope_theta, cfg.rope_scale
             )
             self.register_buffer("rope_cos", tables[0], persistent=False)
             self.register_buffer("rope_sin", tables[1], persistent=False)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.ln_f = RMSNorm(cfg.n_embd) if cfg.norm_type == "rmsnorm" else LayerNorm(cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg, kernels, mlp_save) for _ in range(cfg.n_layer))
+        norm = RMSNorm if cfg.norm_type == "rmsnorm" else LayerNorm
+        self.ln_f = norm(cfg.n_embd, kernels)
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
         if cfg.tie_weights:
             self.lm_head.weight = self.token_embedding_table.weight
@@ -239,16 +311,33 @@ class GPT(nn.Module):
             (B, T, V) logits; or with `targets` the fp32 sum of the losses, whose logits are
             never made as a whole. Divide it by the global number of valid tokens.
         """
-        x = self.hidden(idx, segment_ids, cache)
+        x = self.hidden(idx, segment_ids, cache, self._seeds(idx.device))
         if targets is None:
             return self.lm_head(x)
         return kernels.linear_cross_entropy(
             x.flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.flatten(),
-            row_weights=None if loss_mask is None else loss_mask.flatten().float(),
+            token_weight=None if loss_mask is None else loss_mask.flatten().float(),
+            reduction="sum", impl=self.impl,
         )  # fmt: skip
 
+    def _seeds(self, device: torch.device) -> Tensor | None:
+        """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.
+
+        Drawn here, outside of what is compiled or recomputed: recomputation repeats the masks.
+        The plain expressions take torch's own dropout, which is faster there.
+        """
+        cfg = self.config
+        fused = self.impl in ("triton", "reference") and not cfg.use_checkpoint
+        if not (fused and self.training and cfg.dropout):
+            return None
+        return torch.randint(2**63 - 1, (2 * cfg.n_layer,), device=device)
+
     def hidden(
-        self, idx: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Return the normalised last hidden states, (B, T, C); arguments as in `forward`."""
         T = idx.shape[1]
@@ -257,29 +346,38 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: at most block_size={self.config.block_size} positions; found {past + T}"
             )
-        x = self.token_embedding_table(idx)
-        positions: slice | Tensor = slice(past, past + T)
-        mask = None
-        if segment_ids is not None:
-            mask = segment_mask(segment_ids)
-            if self.config.segment_position_reset:
-                positions = segment_positions(segment_ids)
-        rope = None
-        if self.config.pos_encoding == "learned":
-            x = x + self.position_embedding_table.weight[positions]
-        else:
-            tables: tuple[Tensor, Tensor] = (self.rope_cos, self.rope_sin)  # type: ignore[assignment]
-            rope = (tables[0][positions], tables[1][positions])
-            if rope[0].dim() == 3:  # per row: a head axis to broadcast over
-                rope = (rope[0].unsqueeze(1), rope[1].unsqueeze(1))
+        x, place = self._embed(idx, segment_ids, cache, past)
         if self.training and self.config.neftune_alpha > 0:
             bound = self.config.neftune_alpha / math.sqrt(T * x.shape[2])
             x = x + torch.empty_like(x).uniform_(-bound, bound)
+        # the first branch has no dropout before it: seeds belong to joins 1 .. 2 n_layer
+        per_join = [None] * (2 * len(self.blocks) + 1) if seeds is None else [None, *seeds.unbind()]
+        branch = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x, branch = block(x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
         if cache is not None:
             cache.length += T
-        return self.ln_f(x)
+        return join(self.ln_f, x, branch, self.config.dropout, per_join[-1])[0]
+
+    def _embed(
+        self, idx: Tensor, segment_ids: Tensor | None, cache: KVCache | None, past: int
+    ) -> tuple[Tensor, Place]:
+        """Embed the tokens, and say where they stand."""
+        x, here = self.token_embedding_table(idx), slice(past, past + idx.shape[1])
+        place = Place(cache=cache)
+        reset = segment_ids is not None and self.config.segment_position_reset
+        if segment_ids is not None:
+            place.mask = segment_mask(segment_ids)
+            place.positions = segment_positions(segment_ids) if reset else None
+        if self.config.pos_encoding == "learned":
+            return x + self.position_embedding_table.weight[
+                here if place.positions is None else place.positions
+            ], place
+        tables: Pair = (self.rope_cos, self.rope_sin)  # type: ignore[assignment]
+        if place.positions is None:
+            tables = (tables[0][here], tables[1][here])
+        place.rope = tables
+        return x, place
 
 
 def segment_mask(segment_ids: Tensor) -> Tensor:

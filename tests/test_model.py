@@ -121,15 +121,16 @@ def test_a_block_of_tokens_behind_cached_ones_equals_the_uncached_forward() -> N
 
 
 def test_rope_vector() -> None:
-    x = torch.tensor([1.0, 2, 3, 4]).view(1, 1, 1, 4)
+    qkv = torch.tensor([1.0, 2, 3, 4]).repeat(3).view(1, 1, 12)
     for scale, want in (
         (1.0, (-1.984110594, 1.959900618, 2.462378025, 4.019799709)),
         (4.0, (0.226700544, 1.989993811, 3.154141188, 4.004987717)),
     ):
         cos, sin = kernels.rope_tables(2, 4, 1e4, scale)
-        torch.testing.assert_close(
-            kernels.apply_rope(x, cos[1:], sin[1:]).flatten(), torch.tensor(want)
-        )
+        q, k, v = kernels.rope_qkv(qkv, cos, sin, 1, positions=torch.tensor([1]))
+        torch.testing.assert_close(q.flatten(), torch.tensor(want))
+        assert torch.equal(k, q)
+        assert v.flatten().tolist() == [1, 2, 3, 4]
 
 
 def test_positions_restart_at_each_segment() -> None:

@@ -1,0 +1,1 @@
+"""The Triton kernels and how they are launched. Imported on first use: it needs Triton."""

@@ -1,0 +1,433 @@
+"""The head and its loss in one: logits exist a chunk of rows at a time, never whole.
+
+Shapes: N rows, C width, V vocabulary. Per chunk: logits = x W^T + b; the row step writes
+softmax - one_hot over them; then dx = dlogits W and dW += dlogits^T x. Both are made in the
+forward, where the logits are, without the factor that the mean and the loss scale bring: in fp16
+that factor would flush most of dlogits to zero. It is applied once, in fp32, in the backward.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mypt_fast.kernels import _operator
+from mypt_fast.kernels.cross_entropy import check_rows, check_rule, divisor
+from mypt_fast.kernels.reference import cross_entropy as reference
+from mypt_fast.kernels.reference.cross_entropy import Rule
+
+NAME = "linear_cross_entropy"
+# The one buffer of logits. Plain PyTorch holds three arrays of N x V (1.6 GB each at 32 x 256 rows
+# of 50,304), and on a CPU faults their pages in anew each step. On a GPU a chunk must be tall
+# enough that reading and writing dW, 8 V C bytes a chunk, hides behind its matmuls.
+CPU_BUDGET_BYTES = 56 << 20
+GPU_BUDGET_BYTES = 512 << 20
+GPU_CHUNK_ROWS = 2048
+MIN_CHUNK_ROWS = 64
+ALIGNMENT = 64  # columns: rows of logits start where a GPU loads 16 bytes at once
+
+
+def chunk_rows(rows: int, vocab: int, dtype: torch.dtype, cpu: bool, budget: int | None) -> int:
+    """Rows of logits at a time: chunks of equal size, as tall as `budget` bytes allow.
+
+    The default budget is 56 MiB on a CPU and 512 MiB, at most 2048 rows, on a GPU.
+    """
+    padded = -(-vocab // ALIGNMENT) * ALIGNMENT
+    limit = budget or (CPU_BUDGET_BYTES if cpu else GPU_BUDGET_BYTES)
+    fitting = max(MIN_CHUNK_ROWS, limit // (dtype.itemsize * padded))
+    if not (budget or cpu):
+        fitting = min(fitting, GPU_CHUNK_ROWS)
+    chunks = max(1, -(-rows // fitting))
+    return max(1, -(-rows // chunks))
+
+
+class _Head:
+    """The chunk loop: what the forward, and the backward of single rows, have in common.
+
+    Args:
+        x: (N, C); weight: (V, C); bias: (V,) or None; targets: (N,).
+        scale: (N,) fp32 factor of each row's gradient, in [-1, 1], or None for 1.
+        dtype: of the matmuls.
+        path: "triton", "reference" or "compiled": what works on a chunk of logits.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        scale: Tensor | None, rule: Rule, dtype: torch.dtype, rows: int, path: str,
+    ) -> None:  # fmt: skip
+        self.low, self.w = x.to(dtype), weight.to(dtype)
+        self.b = bias.to(dtype) if bias is not None else None
+        self.targets, self.scale, self.rule, self.path = targets, scale, rule, path
+        self.rows, self.dtype = rows, dtype
+        self.shape = (x.shape[0], weight.shape[0], x.shape[1])
+        self.sum_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def run(
+        self, need_x: bool, need_w: bool, need_b: bool, dw: Tensor | None = None
+    ) -> list[Tensor]:
+        """Losses (N,), and the gradients asked for (else of no elements): dx, dW, db.
+
+        dx has the dtype of the matmuls, dW and db fp32. A given `dw` is added to.
+        """
+        (N, V, C), device = self.shape, self.low.device
+        first = dw is None
+        dx = torch.empty((N, C) if need_x else 0, dtype=self.dtype, device=device)
+        if dw is None:
+            make = torch.empty if N else torch.zeros
+            dw = make((V, C) if need_w else 0, dtype=self.sum_dtype, device=device)
+        db = torch.zeros(V if need_b else 0, dtype=self.sum_dtype, device=device)
+        losses = torch.empty(N, dtype=self.sum_dtype, device=device)
+        self._allocate(min(self.rows, N), need_w)
+        for i in range(0, N, self.rows):
+            part = slice(i, i + self.rows)
+            x, logits = self.low[part], self.buffer[: min(self.rows, N - i), :V]
+            if self.b is None:
+                torch.mm(x, self.w.T, out=logits)
+            else:
+                torch.addmm(self.b, x, self.w.T, out=logits)
+            losses[part] = self._step(logits, part, need_x or need_w or need_b)
+            if need_b:
+                db += logits.sum(0, dtype=self.sum_dtype)
+            if need_x:
+                torch.mm(logits, self.w, out=dx[part])
+            if need_w:
+                self._add_product(dw, logits.T, x, first and i == 0)
+        return [losses, dx, dw, db]
+
+    def _allocate(self, rows: int, need_w: bool) -> None:
+        """Make once what every chunk writes over: on a CPU fresh memory costs its page faults."""
+        _, V, C = self.shape
+        device, cpu = self.low.device, self.low.device.type == "cpu"
+        padded = -(-V // ALIGNMENT) * ALIGNMENT
+        self.buffer = torch.empty(rows, padded, dtype=self.dtype, device=device)
+        self.wide = self.product = None
+        if self.dtype in (torch.float16, torch.bfloat16):
+            if self.path == "reference":
+                tile = min(rows, reference.TILE_ROWS) if cpu else rows
+                self.wide = torch.empty(tile, V, dtype=torch.float32, device=device)
+            if cpu and need_w:
+                # bf16 has instructions that sum in fp32; an fp16 product would round each chunk
+                low = self.dtype if self.dtype is torch.bfloat16 else torch.float32
+                self.product = torch.empty(V, C, dtype=low, device=device)
+
+    def _step(self, logits: Tensor, part: slice, gradient: bool) -> Tensor:
+        """Losses of a chunk; its logits become their gradients, if wanted at all."""
+        targets = self.targets[part]
+        scale = None if self.scale is None else self.scale[part]
+        if not gradient and self.path != "triton":
+            return reference.row_losses(logits, targets, self.rule)
+        if self.path == "triton":
+            from mypt_fast.kernels.jit import cross_entropy as jit
+
+            if gradient:
+                return jit.step(logits, targets, scale, self.rule)
+            return jit.forward(logits, targets, self.rule)[0]
+        if self.path == "compiled":
+            if scale is None:
+                scale = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
+            return _compiled_step()(logits, targets, scale, self.rule)
+        return reference.step(logits, targets, scale, self.rule, self.wide)
+
+    def _add_product(self, total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+        """Set `total` to a b at first, add it later, summed in fp32."""
+        if self.product is not None:
+            low = self.product.dtype
+            product = torch.mm(a.to(low), b.to(low), out=self.product)
+            total.copy_(product) if first else total.add_(product)
+        elif total.dtype is self.dtype:
+            torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+        elif first:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@functools.cache
+def _compiled_step() -> Any:
+    return torch.compile(reference.step_expression, fullgraph=True)
+
+
+# The summed loss, whose gradients are made in the forward. Schema types are spelled out: they are
+# what torch.library reads.
+
+
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    dtype: torch.dtype, rows: int, need_x: bool, need_w: bool, need_b: bool, path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rule = Rule(ignore_index, label_smoothing, z_loss, softcap)
+    head = _Head(x, weight, bias, targets, scale, rule, dtype, rows, path)
+    losses, dx, dw, db = head.run(need_x, need_w, need_b)
+    return _total(losses, scale), dx, dw, db
+
+
+def _total(losses: Tensor, scale: Tensor | None) -> Tensor:
+    return (losses if scale is None else losses * scale).sum()
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor | None,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    dtype: torch.dtype, rows: int, need_x: bool, need_w: bool, need_b: bool, path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return (
+        x.new_empty((), dtype=wide),
+        x.new_empty(x.shape if need_x else (0,), dtype=dtype),
+        x.new_empty(weight.shape if need_w else (0,), dtype=wide),
+        x.new_empty(weight.shape[:1] if need_b else (0,), dtype=wide),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    x, weight, bias = inputs[:3]
+    ctx.dtypes = (x.dtype, weight.dtype, bias.dtype if bias is not None else None)
+    ctx.needed = inputs[11:14]
+
+
+def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 15
+    in_place = not _operator.observed()
+    made = zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+    scaled = [scale_once(t, grad, dtype, in_place) if needed else None for t, dtype, needed in made]
+    return *scaled, *(None,) * 12
+
+
+def scale_once(made: Tensor, grad: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """made * grad, computed in fp32 and rounded once to `dtype`.
+
+    In place where the dtypes allow: saved for one backward, and a copy of dW would be the largest
+    tensor of the step. Running the backward twice is then an error that autograd raises.
+    """
+    factor = grad.reshape((1,) * made.dim())  # a 0-d factor would be rounded to 16 bits first
+    if in_place:
+        out = made if made.dtype is dtype else torch.empty_like(made, dtype=dtype)
+        return torch.mul(made, factor, out=out)
+    return (made * factor).to(dtype)
+
+
+def _flops(x: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    need_x, need_w = rest[9], rest[10]
+    return 2 * x[0] * x[1] * weight[0] * (1 + bool(need_x) + bool(need_w))
+
+
+summed = _operator.operator(
+    _linear_cross_entropy, fake=_fake, setup_context=_setup, backward=_gradient, flops=_flops
+)
+
+
+# The losses of single rows. Their upstream gradients differ, so dW cannot be made in the forward:
+# the backward makes the logits again.
+
+
+def _linear_cross_entropy_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int,
+    label_smoothing: float, z_loss: float, softcap: float, dtype: torch.dtype, rows: int,
+    path: str,
+) -> Tensor:  # fmt: skip
+    rule = Rule(ignore_index, label_smoothing, z_loss, softcap)
+    return _Head(x, weight, bias, targets, None, rule, dtype, rows, path).run(False, False, False)[
+        0
+    ]
+
+
+def _linear_cross_entropy_rows_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    dtype: torch.dtype, rows: int, path: str, need_x: bool, need_w: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rule = Rule(ignore_index, label_smoothing, z_loss, softcap)
+    scale, largest = normalised(grad)
+    head = _Head(x, weight, bias, targets, scale, rule, dtype, rows, path)
+    made = head.run(need_x, need_w, need_b)[1:]
+    wanted = (x.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype)
+    pairs = zip(made, wanted, strict=True)
+    dx, dw, db = (scale_once(t, largest, dtype, in_place=True) for t, dtype in pairs)
+    return dx, dw, db
+
+
+def normalised(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights divided by their largest magnitude, and that; all zero: 0 and 1.
+
+    dlogits times a weight in [-1, 1] keeps fp16's range; the magnitude is applied in fp32.
+    """
+    if not weights.numel():
+        return weights, weights.new_ones(())
+    largest = weights.abs().amax()
+    largest = largest.where(largest != 0, 1)
+    return weights / largest, largest
+
+
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _rows_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:3]
+    made = rows_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, *needs)
+    grads = (t if needed else None for t, needed in zip(made, needs, strict=True))
+    return *grads, *(None,) * 8
+
+
+def _rows_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float,
+    dtype: torch.dtype, rows: int, path: str, need_x: bool, need_w: bool, need_b: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    b = weight if bias is None else bias
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_w else (0,), dtype=weight.dtype),
+        x.new_empty(weight.shape[:1] if need_b else (0,), dtype=b.dtype),
+    )
+
+
+rows_backward = _operator.operator(_linear_cross_entropy_rows_backward, fake=_rows_backward_fake)
+single = _operator.operator(
+    _linear_cross_entropy_rows,
+    fake=lambda x, weight, bias, targets, *rest: x.new_empty(
+        x.shape[0], dtype=torch.float64 if rest[4] is torch.float64 else torch.float32
+    ),
+    setup_context=_rows_setup,
+    backward=_rows_gradient,
+)
+
+
+class _GradInto(torch.autograd.Function):
+    """`summed`, with dW added to a buffer in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        scale: Tensor | None, rule: Rule, dtype: torch.dtype, rows: int, path: str,
+        grad_into: Tensor, promised: Tensor,
+    ) -> Tensor:  # fmt: skip
+        need_x, _, need_b = ctx.needs_input_grad[:3]
+        if scale is None:
+            scale = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+        factor = promised.where(promised != 0, 1)
+        head = _Head(x, weight, bias, targets, scale * (promised != 0), rule, dtype, rows, path)
+        # summed without the factor, like every dW: the buffer's older part steps aside for it
+        grad_into.div_(factor)
+        with torch.autocast(x.device.type, enabled=False):
+            losses, dx, _, db = head.run(need_x, True, need_b, dw=grad_into)
+        grad_into.mul_(factor)
+        ctx.save_for_backward(dx, db, promised)
+        ctx.dtypes = (x.dtype, bias.dtype if bias is not None else None)
+        ctx.needed = (need_x, need_b)
+        return _total(losses, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        dx, db, promised = ctx.saved_tensors
+        # dW is already in the buffer: another factor than promised may not pass unseen
+        kept = (grad - promised).abs() <= 1e-5 * promised.abs()
+        grad = grad.where(kept, torch.nan)
+        made = zip((dx, db), ctx.dtypes, ctx.needed, strict=True)
+        dx, db = (scale_once(t, grad, d, in_place=True) if n else None for t, d, n in made)
+        return dx, None, db, *(None,) * 8
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    denom: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    grad_into: Tensor | None = None,
+    grad_scale: Tensor | float = 1.0,
+    memory_budget: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """cross_entropy(x W^T + b, targets) without the (N, V) logits.
+
+    Under autocast the matmuls run in its dtype; the gradient of a fp32 weight stays a fp32 sum.
+    The backward of "mean" and "sum" may run once.
+
+    Args:
+        x: (N, C).
+        weight: (V, C).
+        bias: (V,) or None.
+        targets, ignore_index, token_weight, denom, label_smoothing, z_loss, softcap, reduction: as
+            in `cross_entropy`. "none" makes the logits again in the backward.
+        grad_into: (V, C) fp32 buffer, `weight.grad` for instance, that dW is added to in the
+            forward instead of being returned: it saves a second dW. Not under torch.compile.
+        grad_scale: with `grad_into`, the upstream gradient that the backward will get (the loss
+            scale, say), a number or 0-d tensor. Should another come, the gradient of x is NaN.
+        memory_budget: bytes that the logits of a chunk may take; see `chunk_rows`.
+        impl: as in `choose`; "inductor" compiles the step on a chunk of logits.
+
+    Returns:
+        fp32 scalar, or (N,) for "none".
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit each other.
+    """
+    rule = check_rule(NAME, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    _check(x, weight, bias, grad_into, reduction)
+    check_rows(NAME, x, targets, token_weight, (x.shape[0], weight.shape[0]), rule)
+    if token_weight is not None and token_weight.requires_grad:
+        raise ValueError(f"{NAME}: token_weight gets no gradient; pass it detached")
+    path = _path(impl, x)
+    dtype, cpu = _operator.autocast_dtype(x), x.device.type == "cpu"
+    rows = chunk_rows(x.shape[0], weight.shape[0], dtype, cpu, memory_budget)
+    options = (ignore_index, rule.label_smoothing, rule.z_loss, rule.softcap, dtype, rows)
+    if reduction == "none":
+        losses = single(x, weight, bias, targets, *options, path)
+        return losses if token_weight is None else losses * token_weight
+    scale, largest = None, 1.0
+    if token_weight is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale, largest = normalised(token_weight.to(wide))
+    by = divisor(targets, token_weight, denom, rule) if reduction == "mean" else 1.0
+    if grad_into is not None:
+        promised = torch.as_tensor(grad_scale * largest / by, device=x.device).float()
+        total = _GradInto.apply(
+            x, weight, bias, targets, scale, rule, dtype, rows, path, grad_into, promised
+        )
+    else:
+        grads = torch.is_grad_enabled()
+        needs = (grads and t is not None and t.requires_grad for t in (x, weight, bias))
+        total = summed(x, weight, bias, targets, scale, *options, *needs, path)[0]
+    return total * largest / by
+
+
+def _path(impl: str, x: Tensor) -> str:
+    path = _operator.choose(NAME, impl, x)
+    if path == "inductor":  # auto, on a CPU: the step needs no compiler to be fast there
+        return "compiled" if impl == "inductor" else "reference"
+    return path
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, grad_into: Tensor | None, reduction: str
+) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.numel():
+        raise ValueError(
+            f"{NAME}: expected x (N, C) and weight (V, C), V and C > 0; "
+            f"found {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    _operator.expect_floating(NAME, weight=weight, bias=bias)
+    _operator.expect_shape(NAME, "bias", bias, (weight.shape[0],))
+    _operator.expect_same_device(NAME, x, weight=weight, bias=bias, grad_into=grad_into)
+    if grad_into is None:
+        return
+    _operator.expect_shape(NAME, "grad_into", grad_into, tuple(weight.shape))
+    if grad_into.dtype is not torch.float32 or not grad_into.is_contiguous():
+        raise TypeError(f"{NAME}: expected grad_into contiguous and fp32; found {grad_into.dtype}")
+    if reduction == "none" or torch.compiler.is_compiling():
+        raise ValueError(f"{NAME}: grad_into needs reduction mean or sum, outside torch.compile")
