@@ -201,6 +201,11 @@ class TrainConfig:
     use_amp: bool = opt(True, "mixed precision where the device has it natively")
     amp_dtype: str = opt("bf16", "mixed precision dtype", choices=("bf16", "fp16"))
     compile: str = opt("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    kernels: str = opt(
+        "auto",
+        "what runs the operators; auto: what is fastest on the device",
+        choices=("auto", "triton", "reference", "inductor"),
+    )
     seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)
     eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
     eval_iters: int = opt(200, "batches per evaluation", lo=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from mypt_fast import kernels
 from mypt_fast.errors import DeviceError
 
 
@@ -115,6 +116,13 @@ def precision(
     if amp_dtype == "bf16" and cpu_has_bf16():
         return Precision(torch.bfloat16, False, "cpu"), None
     return fp32, f"no native {amp_dtype} on this CPU: using fp32" if explicit else None
+
+
+def check_kernels(impl: str, device: torch.device, precision: Precision) -> None:
+    """Raise DeviceError if kernels were forced that this device cannot run."""
+    reason = kernels.why_not(impl, device, precision.dtype)
+    if reason:
+        raise DeviceError(f"--kernels {impl} cannot run", reason, "drop it, or use --kernels auto")
 
 
 def cpu_has_bf16() -> bool:

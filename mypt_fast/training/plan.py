@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from mypt_fast import accounting, console
+from mypt_fast import accounting, console, kernels
 from mypt_fast.training import device as devices
 from mypt_fast.training.run import Run
 
@@ -51,6 +51,7 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     micro_steps = math.ceil(s.global_batch / run.micro_batch)
     parameters = console.count(accounting.count_parameters(cfg).total)
     ways = [run.precision.name, "compiled" if compiled else "eager"]
+    ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, compiled))
     ways += ["activations recomputed"] if cfg.use_checkpoint else []
     needed = accounting.training_bytes(
         cfg, run.micro_batch, attention_matrix=run.device.type == "cpu"

@@ -77,6 +77,7 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         settings.train.amp_dtype,
         explicit="amp_dtype" in typed or was_mixed,
     )
+    devices.check_kernels(settings.train.kernels, device, precision)
     notices = [n for n in (note, amp_note) if n]
     opener = DataOpener(settings, notices, progress)
     tokenizer, phases, train_tokens, val_tokens = opener.open()

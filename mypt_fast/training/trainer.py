@@ -56,7 +56,8 @@ class Trainer:
         self.log = EventLog(log_path(self.settings))
         self.store = Store(run, self.log)
         saved = self.store.read()
-        self.model = GPT(self.cfg, seed=None if saved else self.train_cfg.seed)
+        seed = None if saved else self.train_cfg.seed
+        self.model = GPT(self.cfg, seed, kernels=self.train_cfg.kernels)
         self.store.model = self.model
         if saved is not None:
             self.store.restore_weights(saved)
@@ -248,14 +249,23 @@ def log_path(settings: Settings) -> Path:
 
 def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
     """`auto` compiles on a GPU; on a CPU a cold compile costs more than it gains."""
-    if cfg.compile == "on" and device.type == "cpu":
+    asked = "--kernels inductor" if cfg.kernels == "inductor" else "--compile on"
+    if (cfg.compile == "on" or cfg.kernels == "inductor") and device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ConfigError(
-                "--compile on needs a C++ compiler on a CPU",
+                f"{asked} needs a C++ compiler on a CPU",
                 f"found no {compiler}",
                 "install one, or drop the flag",
             )
+    if cfg.kernels == "inductor":
+        if cfg.compile == "off":
+            raise ConfigError(
+                "--kernels inductor is torch.compile's own code",
+                "found --compile off",
+                "drop one of the two",
+            )
+        return True
     if cfg.compile == "auto":  # Triton builds its launchers with the C compiler
         return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
     return cfg.compile == "on"

@@ -59,10 +59,15 @@ def _parameter(
 
 
 @triton.jit
-def _keep(seed, rows, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """The dropout mask of the rows as a tuple of tiles: one call of Philox serves four."""
+def _keep(seed, rows, like, THRESHOLD: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """The dropout mask of the rows as a tuple of tiles: one call of Philox serves four.
+
+    `like` is a tile of the rows. A zero made of it, which only LLVM sees through, gives the mask
+    that tile's layout; with a layout of its own it would pass through shared memory.
+    """
     low, high = rows.to(tl.uint32), (rows >> 32).to(tl.uint32)
-    lanes = tl.arange(0, BLOCK)[None, :].to(tl.uint32)
+    zero = (tl.abs(like.to(tl.float32)) < -1.0).to(tl.uint32)
+    lanes = tl.arange(0, BLOCK)[None, :].to(tl.uint32) + zero
     threshold = tl.full((), THRESHOLD, tl.uint32)
     tiles = ()
     for j in tl.static_range(TILES):
@@ -121,7 +126,7 @@ def _norm_forward(
     if HAS_RESIDUAL:
         residual = _load(residual_ptr + rows * residual_stride, ok, COLUMNS, BLOCK, TILES)
         if DROPOUT:
-            keep = _keep(tl.load(seed_ptr), rows, THRESHOLD, BLOCK, TILES)
+            keep = _keep(tl.load(seed_ptr), rows, row[0], THRESHOLD, BLOCK, TILES)
         added = ()
         for j in tl.static_range(TILES):
             x = row[j].to(tl.float32)
@@ -173,43 +178,27 @@ def norm_forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward kernel; as `reference.norm.norm_forward`."""
-    shape, columns = x.shape, x.shape[-1]
-    rows = x.numel() // columns
-    y = torch.empty(shape, dtype=out_dtype, device=x.device)
-    h = torch.empty(
-        shape if residual is not None else 0,
-        dtype=residual.dtype if residual is not None else x.dtype,
-        device=x.device,
-    )
-    mean = torch.empty(shape[:-1] if center else 0, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
-    if rows == 0:
+    shape, columns, device = x.shape, x.shape[-1], x.device
+    n_rows, has_residual = x.numel() // columns, residual is not None
+    stream = residual if residual is not None else x
+    y = torch.empty(shape, dtype=out_dtype, device=device)
+    h = torch.empty(shape if has_residual else 0, dtype=stream.dtype, device=device)
+    mean = torch.empty(shape[:-1] if center else 0, dtype=torch.float32, device=device)
+    rstd = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+    if n_rows == 0:
         return y, h, mean, rstd
-    x = _as_rows(x)
-    widest = x
-    if residual is not None:
-        residual = _as_rows(residual)
-        widest = max(x, residual, key=lambda t: t.dtype.itemsize)
-    row = launch.config("norm_forward", columns, widest.dtype, launch.arch_of(x))
-    flags = {"HAS_RESIDUAL": residual is not None, "HAS_BIAS": bias is not None, "CENTER": center}
+    x, stream = _as_rows(x), _as_rows(stream)  # what a flag turns off is passed and not touched
+    weight = weight.contiguous()
+    shift = bias.contiguous() if bias is not None else weight
+    widest = max(x.dtype, stream.dtype, key=lambda t: t.itemsize)
+    row = launch.config("norm_forward", columns, widest, launch.arch_of(x))
+    flags = {"HAS_RESIDUAL": has_residual, "HAS_BIAS": bias is not None, "CENTER": center}
+    data = (x, stream, weight, shift, seed if seed is not None else x, y, h, mean, rstd)
+    strides = (x.stride(0), stream.stride(0))
     constants = _constants(row, columns, offset, dropout_p, EPS=eps, **flags)
     with launch.device_guard(x):
-        _norm_forward[(-(-rows // row.rows),)](
-            x,
-            residual if residual is not None else x,  # what a flag turns off is not touched
-            weight,
-            bias if bias is not None else weight,
-            seed if seed is not None else x,
-            y,
-            h,
-            mean,
-            rstd,
-            x.stride(0),
-            residual.stride(0) if residual is not None else 0,
-            rows,
-            **constants,
-            num_warps=row.warps,
-            num_stages=row.stages,
+        _norm_forward[(-(-n_rows // row.rows),)](
+            *data, *strides, n_rows, **constants, num_warps=row.warps, num_stages=row.stages
         )
     return y, h, mean, rstd
 
@@ -277,7 +266,7 @@ def _norm_backward(
             level_mean = tl.sum(level, 1, keep_dims=True) / COLUMNS
 
         if DROPOUT:
-            keep = _keep(tl.load(seed_ptr), rows, THRESHOLD, BLOCK, TILES)
+            keep = _keep(tl.load(seed_ptr), rows, dy[0], THRESHOLD, BLOCK, TILES)
         for j in tl.static_range(TILES):
             d, xhat = dy[j].to(tl.float32), h[j].to(tl.float32)
             if CENTER:
@@ -326,40 +315,23 @@ def norm_backward(
     dh = torch.empty(shape, dtype=h.dtype, device=device)
     dx = torch.empty(shape if has_branch else 0, dtype=branch_dtype or dy.dtype, device=device)
     if n_rows == 0:
-        zeros = torch.zeros(columns, dtype=weight.dtype, device=device)
-        dbias = torch.zeros(columns if has_bias else 0, dtype=bias_dtype or dy.dtype, device=device)
-        return dh, dx, zeros, dbias
-    h, dy = _as_rows(h), _as_rows(dy)
-    if dh_out is not None:
-        dh_out = _as_rows(dh_out)
-    widest = max(h, dy, key=lambda t: t.dtype.itemsize)
-    row = launch.config("norm_backward", columns, widest.dtype, launch.arch_of(h))
+        dweight = torch.zeros(columns, dtype=weight.dtype, device=device)
+        return dh, dx, dweight, dy.new_zeros(columns if has_bias else 0, dtype=bias_dtype)
+    dy, h = _as_rows(dy), _as_rows(h)
+    upper = _as_rows(dh_out) if dh_out is not None else dy  # not touched if the flag is off
+    widest = max(h.dtype, dy.dtype, key=lambda t: t.itemsize)
+    row = launch.config("norm_backward", columns, widest, launch.arch_of(h))
     programs = min(row.programs, -(-n_rows // row.rows))
     rows_per_program = -(-n_rows // (programs * row.rows)) * row.rows
-    parts = torch.empty((2 if has_bias else 1, programs, columns), device=device)
+    parts = torch.empty((1 + has_bias, programs, columns), dtype=torch.float32, device=device)
     flags = {"HAS_DH_OUT": dh_out is not None, "HAS_BRANCH": has_branch, "HAS_BIAS": has_bias}
+    inputs = (dy, upper, h, weight.contiguous(), mean, rstd, seed if seed is not None else dy)
+    outputs = (dh, dx, parts[0], parts[-1])
+    sizes = (dy.stride(0), upper.stride(0), h.stride(0), n_rows, rows_per_program)
     constants = _constants(row, columns, offset, dropout_p, CENTER=center, **flags)
     with launch.device_guard(h):
         _norm_backward[(programs,)](
-            dy,
-            dh_out if dh_out is not None else dy,  # what a flag turns off is not touched
-            h,
-            weight,
-            mean,
-            rstd,
-            seed if seed is not None else dy,
-            dh,
-            dx,
-            parts[0],
-            parts[-1],
-            dy.stride(0),
-            dh_out.stride(0) if dh_out is not None else 0,
-            h.stride(0),
-            n_rows,
-            rows_per_program,
-            **constants,
-            num_warps=row.warps,
-            num_stages=row.stages,
+            *inputs, *outputs, *sizes, **constants, num_warps=row.warps, num_stages=row.stages
         )
     dweight = parts[0].sum(0).to(weight.dtype)
     dbias = parts[-1].sum(0).to(bias_dtype) if has_bias else dy.new_empty(0)

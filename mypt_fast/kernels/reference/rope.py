@@ -26,14 +26,6 @@ def rope_qkv(
     return q, k, v.transpose(1, 2)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of x: (B, H, T, D) by tables (T, D/2) or (B, 1, T, D/2).
-
-    Half-split layout of RoPE (arXiv 2104.09864); the result has the dtype of x.
-    """
-    return _turn(_wide(x), cos, sin).to(x.dtype)
-
-
 def rope_forward(
     qkv: Tensor,
     cos: Tensor,
@@ -121,6 +113,7 @@ def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of x: (B, T, heads, D)."""
     # chunk, not two slices: the gradient of a slice is a zero fill and a copy, that of a chunk a
     # part of one cat; addcmul is one pass over memory where a product and a sum are two
     a, b = x.chunk(2, -1)
