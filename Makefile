@@ -41,8 +41,12 @@ demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it wr
 test: $(READY)  ## the default tests: under 5 minutes, no GPU, no network
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-test-slow: $(READY)  ## the tests marked slow
+test-slow: $(READY)  ## the tests marked slow, and every Triton kernel in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" tests/kernels tests/test_model_kernels.py
+
+test-gpu: $(READY)  ## the same kernel tests, compiled, on a GPU
+	$(BIN)/python -m pytest -q -m gpu
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ def test_no_module_needs_itself_to_be_imported():
 
 
 def test_kernels_take_tensors_and_numbers_never_a_config():
-    for path in (ROOT / "mypt_fast/kernels").glob("*.py"):
+    for path in (ROOT / "mypt_fast/kernels").rglob("*.py"):
         assert {unit(name) for name in ours(path)} <= {"kernels", "errors"}, path
 
 
