@@ -40,13 +40,9 @@ class Shape:
 
 def preset_shape(name: str) -> Shape:
     """The shape a preset trains at: its batch, its block size, its widths."""
-    preset = presets.load(name)
-    cfg, batch = preset.model, preset.train.batch_size if hasattr(preset.train, "batch_size") else 0
-    batch = batch or cfg.batch_size
-    return Shape(
-        name, batch * cfg.block_size, cfg.n_embd, swiglu_hidden(cfg.n_embd), cfg.vocab_size,
-        cfg.n_head, cfg.block_size,
-    )  # fmt: skip
+    cfg = presets.load(name).model
+    tokens, hidden = cfg.batch_size * cfg.block_size, swiglu_hidden(cfg.n_embd)
+    return Shape(name, tokens, cfg.n_embd, hidden, cfg.vocab_size, cfg.n_head, cfg.block_size)
 
 
 FLAGSHIP = "base/750M_unified_v1"
@@ -79,12 +75,16 @@ class Case:
 class Peers:
     """Optional packages: what they offer, or why they are absent."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.absent: dict[str, str] = {}
         self.versions: dict[str, str] = {}
 
     def get(self, provider: str, module: str, name: str) -> Any:
         """The attribute of the module, or None with the reason noted."""
+        if self.device == "cpu":
+            self.absent[provider] = "has no CPU kernels"
+            return None
         try:
             found = getattr(importlib.import_module(module), name)
         except Exception as e:  # a peer may fail to import in any way; it is not ours to repair

@@ -135,7 +135,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C)."""
-        up, down = self.net[0], self.net[2]
+        up: Linear = self.net[0]  # type: ignore[assignment]
+        down: Linear = self.net[2]  # type: ignore[assignment]
         return kernels.gelu_mlp(
             x, up.weight, up.bias, down.weight, down.bias, save=self.save, impl=self.impl
         )

@@ -15,9 +15,6 @@ IMPLS = ("auto", "triton", "reference", "inductor")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST_ARCH = 75  # Turing: the oldest that Triton still compiles for
 FIRST_BF16_ARCH = 80
-# What `auto` gives to Triton on a card that nobody measured, compiled or not: these save memory
-# that no compiler saves. The rest is as fast when torch.compile fuses it with its neighbours.
-MEMORY_SAVERS = frozenset({"linear_cross_entropy", "cross_entropy", "swiglu_mlp", "gelu_mlp"})
 
 
 def operator(
@@ -83,17 +80,19 @@ def observed() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
-def choose(name: str, impl: str, x: Tensor) -> str:
+def choose(name: str, impl: str, x: Tensor, saves_memory: bool = False) -> str:
     """The one rule: which implementation of operator `name` runs for `x`.
 
     `auto`: plain PyTorch on a CPU and for dtypes that Triton is not written for; on a GPU Triton,
-    but under torch.compile only where it saves memory or was measured to win on that architecture
-    (the launch table says so); elsewhere inductor fuses the plain expression with its neighbours.
+    but under torch.compile only where it saves memory that no compiler saves, or was measured to
+    win on that architecture (the launch table says so); elsewhere inductor fuses the plain
+    expression with its neighbours.
 
     Args:
         name: of the operator.
         impl: one of `IMPLS`.
         x: the tensor whose device and dtype decide.
+        saves_memory: whether the operator keeps less for the backward than the expression does.
 
     Returns:
         "triton", "reference" (an operator that torch.compile does not look into) or "inductor"
@@ -117,7 +116,7 @@ def choose(name: str, impl: str, x: Tensor) -> str:
         return impl
     if reason:
         return "inductor"
-    if name in MEMORY_SAVERS or not torch.compiler.is_compiling():
+    if saves_memory or not torch.compiler.is_compiling():
         return "triton"
     return "triton" if _measured_to_win(name, x.device.index or 0) else "inductor"
 

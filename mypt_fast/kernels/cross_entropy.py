@@ -100,7 +100,7 @@ def cross_entropy(
         )
     rule = check_rule(name, ignore_index, label_smoothing, z_loss, softcap, reduction)
     check_rows(name, logits, targets, token_weight, logits.shape, rule)
-    path = _operator.choose(name, impl, logits)
+    path = _operator.choose(name, impl, logits, saves_memory=True)
     if path == "inductor":
         losses = _operator.run_expression(reference.row_losses, impl, logits, targets, rule)
     else:

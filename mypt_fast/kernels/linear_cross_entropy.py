@@ -389,7 +389,8 @@ def linear_cross_entropy(
     if reduction == "none":
         losses = single(x, weight, bias, targets, *options, path)
         return losses if token_weight is None else losses * token_weight
-    scale, largest = None, 1.0
+    scale: Tensor | None = None
+    largest: Tensor | float = 1.0
     if token_weight is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         scale, largest = normalised(token_weight.to(wide))
@@ -407,7 +408,7 @@ def linear_cross_entropy(
 
 
 def _path(impl: str, x: Tensor) -> str:
-    path = _operator.choose(NAME, impl, x)
+    path = _operator.choose(NAME, impl, x, saves_memory=True)
     if path == "inductor":  # auto, on a CPU: the step needs no compiler to be fast there
         return "compiled" if impl == "inductor" else "reference"
     return path

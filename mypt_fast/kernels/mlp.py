@@ -131,7 +131,8 @@ def _path(
 ) -> tuple[str, str]:
     """Check everything but shapes; the implementation, and what to save."""
     dtype = autocast_dtype(x)  # what the kernels will see, which decides
-    path = choose(name, impl, x if x.dtype is dtype else x.new_empty(0, dtype=dtype))
+    like = x if x.dtype is dtype else x.new_empty(0, dtype=dtype)
+    path = choose(name, impl, like, saves_memory=save != "all")
     if save not in ("all", "gate_up", "input"):
         raise ValueError(
             f"{name}: save must be one of all, {'gate_' if name == 'swiglu_mlp' else ''}up, input; "
