@@ -6,20 +6,18 @@ with the reason, never replaced by a guess.
 """
 
 import functools
-import importlib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peers import Function, Peers, liger_head_arguments, liger_swiglu
 from torch import Tensor
 
 from mypt_fast import kernels, presets
 from mypt_fast.accounting import swiglu_hidden
 
-Function = Callable[..., Tensor | tuple[Tensor, ...]]
 EPS = 1e-6
 LIGER_BUDGETS = (8, 16)  # of its fused head: multiples of its default memory for logits
 NATIVE_CHUNKS = (128, 256, 512, 1024)
@@ -70,40 +68,6 @@ class Case:
     flops: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     writes_over: frozenset[str] = frozenset()
-
-
-class Peers:
-    """Optional packages: what they offer, or why they are absent."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.absent: dict[str, str] = {}
-        self.versions: dict[str, str] = {}
-
-    def get(self, provider: str, module: str, name: str) -> Any:
-        """The attribute of the module, or None with the reason noted."""
-        if self.device == "cpu":
-            self.absent[provider] = "has no CPU kernels"
-            return None
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except Exception as e:  # a peer may fail to import in any way; it is not ours to repair
-            self.absent[f"{provider} ({name})"] = f"{type(e).__name__}: {e}"[:200]
-            return None
-        package = module.split(".")[0]
-        self.versions[package] = _version(package)
-        return found
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    for distribution in (package, package.replace("_", "-"), f"{package}-kernels"):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def draw(device: str, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -181,15 +145,6 @@ def eager_swiglu(gate_up: Tensor) -> Tensor:
     """What a model without kernels writes."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
-
-
-def liger_swiglu(peers: Peers) -> Function | None:
-    """Its kernel for a packed product where it has one, else the one for two tensors."""
-    packed = peers.get("liger", "liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction")
-    if packed is not None:
-        return lambda t: packed.apply(t)
-    pair = peers.get("liger", "liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
-    return None if pair is None else lambda t: pair.apply(*t.chunk(2, -1))
 
 
 def swiglu_case(shape: Shape, dtype: torch.dtype, device: str, peers: Peers) -> Case:
@@ -382,7 +337,7 @@ def _add_head_peers(case: Case, targets: Tensor, peers: Peers) -> None:
     if liger is not None:
         case.providers["liger"] = lambda x, w: liger.apply(x, w, targets)[0]
         for budget in LIGER_BUDGETS:
-            tuned = _liger_arguments(liger, budget)
+            tuned = liger_head_arguments(liger, budget)
             if tuned is None:
                 peers.absent["liger tuned"] = "this version takes no chunk_mem_const"
                 break
@@ -392,15 +347,6 @@ def _add_head_peers(case: Case, targets: Tensor, peers: Peers) -> None:
     quack = peers.get("quack", "quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     if quack is not None:
         case.providers["quack"] = lambda x, w: quack(x, w, targets)
-
-
-def _liger_arguments(function: Any, budget: int) -> Sequence[Any] | None:
-    """Its optional arguments by position (an autograd function takes no names), one changed."""
-    parameters = list(inspect.signature(function.forward).parameters.values())[4:]
-    values = {p.name: p.default for p in parameters}
-    if "chunk_mem_const" not in values:
-        return None
-    return list((values | {"chunk_mem_const": budget}).values())
 
 
 def ours_impl(device: str) -> str:

@@ -88,7 +88,7 @@ class _Head:
                 torch.addmm(self.b, x, self.w.T, out=logits)
             losses[part] = self._step(logits, part, need_x or need_w or need_b)
             if need_b:
-                db += logits.sum(0, dtype=self.sum_dtype)
+                self._add_column_sums(db, logits)
             if need_x:
                 torch.mm(logits, self.w, out=dx[part])
             if need_w:
@@ -128,6 +128,13 @@ class _Head:
                 scale = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
             return _compiled_step()(logits, targets, scale, self.rule)
         return reference.step(logits, targets, scale, self.rule, self.wide)
+
+    def _add_column_sums(self, total: Tensor, logits: Tensor) -> None:
+        if self.product is not None and self.product.dtype is self.dtype:
+            # on a CPU a sum in another dtype makes a copy first; a product sums in fp32 inside
+            total += torch.mv(logits.T, self.low.new_ones(len(logits)))
+        else:
+            total += logits.sum(0, dtype=self.sum_dtype)
 
     def _add_product(self, total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         """Set `total` to a b at first, add it later, summed in fp32."""

@@ -1,0 +1,226 @@
+"""Every operator against its peers: time, bandwidth, memory, on the GPU that is here or the CPU.
+
+    pytest bench/bench_kernels.py --benchmark-only     a row of medians per operator and shape
+    python bench/bench_kernels.py                      all samples, to bench/results/<device>/
+
+Providers are sampled in turn, so that a drift of the machine hits all alike. A forward is one that
+leaves what its backward needs. Memory is the most held beyond the inputs during a forward and a
+backward, gradients included; their own size is given beside it. How a sample is taken says
+gpu_timing.py, who is compared says kernel_cases.py.
+
+On a CPU the bar is the head: ours at most 1.10 times the best of the others, in at most 60 MB of
+logits.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the CLI does, for all providers
+
+import pytest
+import record
+import torch
+from gpu_timing import Clock, copy_rate, facts, matmul_rate
+from kernel_cases import BUILDERS, Case, Shape, plan
+from kernel_measure import ROUNDS, Measurement, digits, logits_bytes
+from peers import Peers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BAR, BAR_LOGITS_BYTES = 1.10, 60e6
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+HOW = {
+    "samples": "seconds; rounds over all providers in turn",
+    "upstream": "1 for a loss, fixed random tensors for the rest",
+    "cuda": "events; L2 overwritten before each; launches hidden behind a sleeping device",
+}
+
+
+def build(op: str, shape: Shape, device: str, peers: Peers) -> Case:
+    """The case, with nothing compiled for an earlier one."""
+    torch.compiler.reset()
+    return BUILDERS[op](shape, DTYPES[device], device, peers)
+
+
+def check_bar(rows: list[dict[str, Any]]) -> tuple[float, str]:
+    """Ours over the best of the others on a CPU, and who that is."""
+    both = {r["provider"]: r["median_ms"] for r in rows if r["mode"] == "both"}
+    others = {name: ms for name, ms in both.items() if not name.startswith("ours")}
+    best = min(others, key=lambda name: others[name])
+    return both["ours"] / others[best], best
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize(
+    ("op", "shape"), [pytest.param(o, s, id=f"{o}-{s.name}") for o, s in plan(DEVICE)]
+)
+def test_kernel(benchmark, op: str, shape: Shape) -> None:
+    measured = Measurement(build(op, shape, DEVICE, Peers(DEVICE)), Clock(DEVICE))
+    measured.warm_up()
+    first, *others = measured.samples
+    benchmark.group = f"{op}, {shape.name}"
+
+    def sample_others() -> None:
+        for name in others:
+            if measured.wants_more(name):
+                measured.sample(name)
+
+    benchmark.pedantic(lambda: measured.sample(first), setup=sample_others, rounds=ROUNDS[DEVICE])
+    rows = measured.rows()
+    benchmark.extra_info["rows"] = rows
+    benchmark.extra_info["failed"] = measured.failed
+    assert first not in measured.failed
+    for row in (r for r in rows if r["mode"] == "both"):
+        print(f"\n{op} {row['provider']:16} {row['median_ms']:10.3f} ms", end="")
+    if DEVICE == "cpu" and op == "linear_cross_entropy":
+        ratio, best = check_bar(rows)
+        assert ratio <= BAR, f"{ratio:.3f} times {best}, where the bar is {BAR}"
+        assert logits_bytes(measured.case, "ours") <= BAR_LOGITS_BYTES
+
+
+class Resident:
+    """The most memory that this process held while inside, looked at every 2 ms."""
+
+    def __enter__(self) -> "Resident":
+        self.most = self.before = self._now()
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self._look, daemon=True)
+        self.watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.watch.join()
+
+    def _look(self) -> None:
+        while not self.over.wait(0.002):
+            self.most = max(self.most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def resident_growth(op: str, shape: Shape, provider: str) -> int:
+    """Bytes by which a process grows at its peak in one forward and backward; run in a child."""
+    measured = Measurement(build(op, shape, "cpu", Peers("cpu")), Clock("cpu"))
+    a = torch.randn(256, 256, requires_grad=True)
+    (a @ a).sum().backward()  # the threads and the buffers of the BLAS are not the operator's
+    with Resident() as memory:
+        measured.both(provider)
+    return memory.most - memory.before
+
+
+def add_resident_growth(rows: list[dict[str, Any]], op: str) -> None:
+    """Measure each provider's growth in a process of its own."""
+    for row in (r for r in rows if r["mode"] == "both" and r["op"] == op):
+        command = [sys.executable, __file__, "--rss", op, "--provider", row["provider"]]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            row["rss_growth_bytes"] = int(answer.stdout.split()[-1])
+        else:
+            row["rss_growth_bytes"], row["rss_failure"] = None, answer.stderr[-300:]
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class Report:
+    """The file, written anew after each case: a run that is stopped leaves what it has."""
+
+    def __init__(self, out: Path | None, header: dict[str, Any]) -> None:
+        self.out, self.header = out, header
+        self.rows: list[dict[str, Any]] = []
+        if out is None:
+            folder = slug(header["gpu"]["name"]) if "gpu" in header else "cpu"
+            self.out = record.RESULTS / folder / "kernels.json"
+
+    def write(self) -> None:
+        """Write beside the file, then put in its place."""
+        assert self.out is not None
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n  ".join(json.dumps(row) for row in self.rows)
+        text = json.dumps({**self.header, "rows": []}, indent=1)
+        part = self.out.with_suffix(".part")
+        part.write_text(text.replace('"rows": []', f'"rows": [\n  {lines}\n ]') + "\n")
+        os.replace(part, self.out)
+
+
+def measure_all(args: argparse.Namespace) -> Report:
+    """Every case of the plan until the time is over."""
+    deadline = time.monotonic() + 60 * args.minutes
+    clock, peers = Clock(DEVICE), Peers(DEVICE)
+    copy, matmul = copy_rate(clock), matmul_rate(clock, DTYPES[DEVICE])
+    header = {
+        **facts(DEVICE), "copy_gb_per_s": digits(copy / 1e9),
+        "matmul_tflops": digits(matmul / 1e12), "how": HOW, "absent": peers.absent,
+        "peers": peers.versions, "failed": {}, "not_run": [],
+    }  # fmt: skip
+    report = Report(args.out, header)
+    wanted = [c for c in plan(DEVICE) if not args.ops or c[0] in args.ops.split(",")]
+    for number, (op, shape) in enumerate(wanted):
+        left = deadline - time.monotonic()
+        if left < 5:
+            header["not_run"] = [f"{o} {s.name}" for o, s in wanted[number:]]
+            break
+        case = build(op, shape, DEVICE, peers)
+        measured = Measurement(case, clock, time.monotonic() + left / 2)
+        measured.warm_up()
+        measured.run()
+        rows = measured.rows(copy, matmul)
+        if DEVICE == "cpu":
+            add_resident_growth(rows, op)
+        report.rows += rows
+        if measured.failed:
+            header["failed"][f"{op} {shape.name}"] = measured.failed
+        report.write()
+        show(rows)
+        del case, measured
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    if DEVICE == "cuda":
+        header["copy_gb_per_s_after"] = digits(copy_rate(clock) / 1e9)
+    report.write()
+    return report
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line per provider: the modes side by side."""
+    for row in (r for r in rows if r["mode"] == "both"):
+        of = row.get("of_copy") or row.get("of_matmul") or 0
+        print(
+            f"{row['op']:21} {row['shape']:22} {row['provider']:16} {row['median_ms']:10.3f} ms "
+            f"({row['p20_ms']:.3f} .. {row['p80_ms']:.3f}) {of:6.1%} n={row['count']}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, help="file; default bench/results/<device>/")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop sampling after these")
+    parser.add_argument("--ops", help="comma-separated operators; default all of the plan")
+    parser.add_argument("--rss", help=argparse.SUPPRESS)  # what a child is asked
+    parser.add_argument("--provider", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rss:
+        shape = next(s for o, s in plan("cpu") if o == args.rss)
+        print(resident_growth(args.rss, shape, args.provider))
+        return
+    report = measure_all(args)
+    if DEVICE == "cpu":
+        ratio, best = check_bar(report.rows)
+        print(f"head on a CPU: {ratio:.3f} times the best of the others ({best}); bar {BAR}")
+
+
+if __name__ == "__main__":
+    main()
