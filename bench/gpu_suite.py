@@ -41,7 +41,7 @@ BENCH = ROOT / "bench"
 PARTS = ("parity", "kernels", "steps")
 VARIANTS = "auto,plain,triton,inductor"
 SHARE = {"parity": 0.4, "kernels": 0.7}  # of the time left, when parts follow
-STEP_ROUNDS, STEPS_A_ROUND = 12, 2
+STEP_ROUNDS, STEPS_A_ROUND = 12, 4
 ROOMY_BYTES = 80 << 30  # a card on which all models of the steps fit side by side
 
 

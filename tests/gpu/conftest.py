@@ -1,0 +1,53 @@
+"""The kernel tests on a GPU: the same tests, the compiled kernels, and bf16 as well.
+
+Every test here is marked `gpu`. Those of tests/kernels that ask for no `way` show nothing about a
+GPU and are not run again; those that need the CPU skip themselves and say why.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.conftest import Way
+
+HERE = Path(__file__).parent
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture
+def way() -> Way:
+    return Way("cuda", "triton")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    if request.param is torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        pytest.skip("this GPU has no bf16")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def default_device_state():
+    """No test leaves the debug mode of another, or an error of the device, behind."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    absent = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
+    kept, left_out = [], []
+    for item in items:
+        if not item.path.is_relative_to(HERE):
+            kept.append(item)
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if not torch.cuda.is_available():
+            item.add_marker(absent)
+        (kept if "way" in item.fixturenames else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept

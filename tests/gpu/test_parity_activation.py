@@ -1,0 +1,3 @@
+"""tests/kernels/test_activation.py on a GPU."""
+
+from tests.kernels.test_activation import *  # noqa: F403
