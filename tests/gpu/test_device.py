@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import operators
 import pytest
 import torch
 
@@ -10,6 +9,7 @@ from mypt_fast import kernels, presets
 from mypt_fast.kernels import _operator
 from mypt_fast.kernels.linear_cross_entropy import chunk_rows
 from mypt_fast.model import GPT
+from tests.gpu import operators
 
 EVERY = pytest.mark.parametrize("name", operators.NAMES)
 MIB = 1 << 20

@@ -136,7 +136,7 @@ def test_flops_of_the_operator_are_those_of_its_gemms(way):
 @BOTH
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("policy", ["MUST_SAVE", "PREFER_RECOMPUTE"])
+@pytest.mark.parametrize("policy", ["MUST_SAVE", "MUST_RECOMPUTE"])
 def test_selective_checkpointing_recognises_the_operator(way, monkeypatch, name, policy, compiled):
     if compiled and way.impl == "triton":
         pytest.skip(OPERATOR_ONLY)
