@@ -126,7 +126,7 @@ def add_resident_growth(rows: list[dict[str, Any]], op: str) -> None:
         if answer.returncode == 0:
             row["rss_growth_bytes"] = int(answer.stdout.split()[-1])
         else:
-            row["rss_growth_bytes"], row["rss_failure"] = None, answer.stderr[-300:]
+            row["rss_failure"] = answer.stderr.strip().rpartition("\n")[2][-300:]
 
 
 def slug(name: str) -> str:
@@ -172,10 +172,15 @@ def measure_all(args: argparse.Namespace) -> Report:
         if left < 5:
             header["not_run"] = [f"{o} {s.name}" for o, s in wanted[number:]]
             break
-        case = build(op, shape, DEVICE, peers)
-        measured = Measurement(case, clock, time.monotonic() + left / 2)
-        measured.warm_up()
-        measured.run()
+        try:
+            measured = Measurement(
+                build(op, shape, DEVICE, peers), clock, time.monotonic() + left / 2
+            )
+            measured.warm_up()
+            measured.run()
+        except torch.OutOfMemoryError as e:  # the tensors alone; a smaller shape may fit
+            header["failed"][f"{op} {shape.name}"] = {"all": str(e)[:200]}
+            continue
         rows = measured.rows(copy, matmul)
         if DEVICE == "cpu":
             add_resident_growth(rows, op)
@@ -184,7 +189,7 @@ def measure_all(args: argparse.Namespace) -> Report:
             header["failed"][f"{op} {shape.name}"] = measured.failed
         report.write()
         show(rows)
-        del case, measured
+        del measured
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
     if DEVICE == "cuda":
