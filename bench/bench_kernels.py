@@ -37,7 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BAR, BAR_LOGITS_BYTES = 1.10, 60e6
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 HOW = {
-    "samples": "seconds; rounds over all providers in turn",
+    "samples": "rounds over all providers in turn",
     "upstream": "1 for a loss, fixed random tensors for the rest",
     "cuda": "events; L2 overwritten before each; launches hidden behind a sleeping device",
 }

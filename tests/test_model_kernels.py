@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mypt_fast import presets
 from mypt_fast.config import ModelConfig
+from mypt_fast.kernels import chunked_head
 from mypt_fast.model import GPT
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -100,19 +101,16 @@ def test_the_flagship_compiles_without_a_graph_break(impl) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "triton" if INTERPRETED else "reference"])
 def test_training_returns_the_loss_alone_and_makes_no_whole_logits(impl, monkeypatch) -> None:
-    import importlib
-
-    head = importlib.import_module("mypt_fast.kernels.linear_cross_entropy")
-    monkeypatch.setattr(head, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr(head, "CPU_BUDGET_BYTES", 1)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(chunked_head, "CPU_BUDGET_BYTES", 1)
     rows = []
-    allocate = head._Head._allocate
+    allocate = chunked_head.Head._allocate
 
     def watched(self, n, need_w):
         rows.append(n)
         allocate(self, n, need_w)
 
-    monkeypatch.setattr(head._Head, "_allocate", watched)
+    monkeypatch.setattr(chunked_head.Head, "_allocate", watched)
     model = GPT(ModelConfig(**SMALL), kernels=impl).train()
     loss = model(IDX, IDX)
     assert loss.shape == ()

@@ -23,6 +23,7 @@ COMMANDS = {
     "params": "count parameters and bytes of an architecture",
     "prepare": "turn text into a dataset of token shards",
     "plot": "draw loss curves from training logs",
+    "tune": "choose how kernels are launched on this GPU",
 }
 ALIASES = {"--config": "--config_file"}
 EPILOG = """\

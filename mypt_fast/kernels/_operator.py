@@ -157,9 +157,7 @@ def _obstacle(device: str, index: int, dtype: torch.dtype) -> str | None:
     if arch < OLDEST_ARCH:
         return f"needs compute capability {OLDEST_ARCH / 10}; found {arch / 10}"
     if dtype is torch.bfloat16 and arch < FIRST_BF16_ARCH:
-        return (
-            f"bf16 needs compute capability {FIRST_BF16_ARCH / 10}; found {arch / 10}: use fp16"
-        )
+        return f"bf16 needs compute capability {FIRST_BF16_ARCH / 10}; found {arch / 10}: use fp16"
     return None
 
 

@@ -1,12 +1,12 @@
 """The head with its loss: gradients in every dtype, chunks, the buffer, what it refuses."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mypt_fast.kernels.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from mypt_fast.kernels import chunked_head
+from mypt_fast.kernels.chunked_head import chunk_rows
+from mypt_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.kernels import oracle
 from tests.kernels.test_cross_entropy import plain
 
@@ -14,14 +14,13 @@ OPTIONS = [
     {},
     {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0},
 ]
-module = importlib.import_module("mypt_fast.kernels.linear_cross_entropy")  # not the function
 ONE_CHUNK_AT_A_TIME = 1  # byte of budget: the smallest chunks
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one ragged, for the small shapes of these tests."""
-    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 7)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_ROWS", 7)
 
 
 def case(N, C, V, dtype, device, seed=0):
@@ -167,7 +166,7 @@ def test_bf16_weight_gradients_do_not_pay_for_chunks(way, monkeypatch) -> None:
     """Summed in bf16, 64 chunks cost 1e-2."""
     if way.impl == "triton" and way.device == "cpu":
         pytest.skip("Triton's interpreter has no correct bf16")
-    monkeypatch.setattr(module, "MIN_CHUNK_ROWS", 16)
+    monkeypatch.setattr(chunked_head, "MIN_CHUNK_ROWS", 16)
     N, V = 1024, 2048
     assert chunk_rows(N, V, torch.bfloat16, True, 1) == N // 64
     one, many, rounded = (
@@ -240,7 +239,7 @@ def test_under_autocast_the_sums_stay_fp32(way) -> None:
 def test_without_gradients_only_the_loss_is_made(way, monkeypatch) -> None:
     (x, w, b), targets = case(20, 8, 30, torch.float32, way.device)
     made = []
-    monkeypatch.setattr(module._Head, "_add_product", lambda *_: made.append(1))
+    monkeypatch.setattr(chunked_head.Head, "_add_product", lambda *_: made.append(1))
     with torch.no_grad():
         loss = linear_cross_entropy(x.requires_grad_(), w.requires_grad_(), b, targets)
     assert not loss.requires_grad
@@ -295,7 +294,7 @@ def test_chunks_hold_no_more_than_the_budget(monkeypatch) -> None:
     assert chunk_rows(12_288, 50_304, torch.bfloat16, False, None) == 2048
     assert chunk_rows(8192, 128_256, torch.bfloat16, False, None) == 2048
     assert chunk_rows(0, 50_304, torch.float16, True, None) == 1
-    assert chunk_rows(10**6, 10**9, torch.float16, False, None) == module.MIN_CHUNK_ROWS
+    assert chunk_rows(10**6, 10**9, torch.float16, False, None) == chunked_head.MIN_CHUNK_ROWS
 
 
 def test_gradients_are_those_of_finite_differences(way) -> None:

@@ -1,0 +1,234 @@
+"""The benchmarks' own parts, at sizes that take no time: nothing here is timed for its own sake."""
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mypt_fast import presets
+from mypt_fast.model import GPT
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch) -> SimpleNamespace:
+    """The modules of bench/, with nothing compiled and two rounds."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = (
+        "bench_kernels", "gpu_steps", "gpu_timing", "kernel_cases", "kernel_measure",
+        "parity_report", "peers",
+    )  # fmt: skip
+    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    monkeypatch.setattr(modules.kernel_cases, "compiled", lambda function: function)
+    monkeypatch.setitem(modules.kernel_measure.ROUNDS, "cpu", 2)
+    return modules
+
+
+def measured(bench, op, deadline=math.inf):
+    """One operator at a small shape, on the CPU, without what compiles."""
+    shape = bench.kernel_cases.Shape("small", 32, 64, 96, 300, 4, 16)
+    case = bench.kernel_cases.BUILDERS[op](shape, torch.float32, "cpu", bench.peers.Peers("cpu"))
+    case.providers.pop("ours inductor", None)
+    return bench.kernel_measure.Measurement(case, bench.gpu_timing.Clock("cpu"), deadline)
+
+
+def operators() -> list[str]:
+    return [
+        "linear_cross_entropy", "cross_entropy", "rms_norm", "add_rms_norm", "layer_norm",
+        "swiglu", "swiglu_mlp", "rope_qkv",
+    ]  # fmt: skip
+
+
+def test_every_operator_is_listed(bench) -> None:
+    assert list(bench.kernel_cases.BUILDERS) == operators()
+
+
+@pytest.mark.parametrize("op", operators())
+def test_providers_agree_and_give_rows(bench, op) -> None:
+    run = measured(bench, op)
+    run.warm_up()
+    assert not run.failed
+    run.run()
+    rows = run.rows(copy=1e9, matmul=1e9)
+    ours = "ours all" if op == "swiglu_mlp" else "ours"
+    assert {ours, "eager", "compile"} <= {r["provider"] for r in rows}
+    assert {r["mode"] for r in rows} == {"forward", "backward", "both"}
+    for row in rows:
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert len(row["samples_ms"]) == row["count"] == 2
+        if row["mode"] == "both":
+            assert row["error"] < 1e-5
+    rated = [r for r in rows if "gb_per_s" in r or "tflops" in r]
+    assert {r["provider"] for r in rated} == {r["provider"] for r in rows}
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_deadline_ends_the_sampling(bench) -> None:
+    run = measured(bench, "swiglu", deadline=0.0)
+    run.warm_up()
+    run.run()
+    assert run.rows() == []
+
+
+def test_what_is_wrong_or_fails_is_named_and_not_timed(bench) -> None:
+    run = measured(bench, "rms_norm")
+    run.case.providers["wrong"] = lambda x, w: 2 * x * w
+    run.case.providers["broken"] = lambda x, w: x.nonesuch
+    run.warm_up()
+    assert set(run.samples) == {"ours", "eager", "compile"}
+    assert "relative error" in run.failed["wrong"]
+    assert "AttributeError" in run.failed["broken"]
+
+
+def test_what_a_provider_writes_over_is_restored(bench) -> None:
+    run = measured(bench, "swiglu")
+    case, before = run.case, run.case.inputs[0].clone()
+
+    def spoiling(x):
+        y = bench.kernel_cases.eager_swiglu(x)
+        case.upstream[0].zero_()
+        return y
+
+    case.providers["spoiling"] = spoiling
+    case.writes_over = frozenset({"spoiling"})
+    again = bench.kernel_measure.Measurement(case, run.clock)
+    wanted = case.upstream[0].clone()
+    again.both("spoiling")
+    assert not case.upstream[0].any()
+    again.restore("spoiling")
+    assert torch.equal(case.upstream[0], wanted)
+    assert torch.equal(case.inputs[0], before)
+
+
+def test_absent_peers_are_named(bench) -> None:
+    found = bench.peers.Peers("cuda")
+    assert found.get("nobody", "a_package_that_nobody_has", "thing") is None
+    assert "ModuleNotFoundError" in found.absent["nobody (thing)"]
+
+
+def test_logits_of_the_cpu_head_are_within_the_bar(bench) -> None:
+    shape = bench.kernel_cases.CPU_HEAD
+    case = SimpleNamespace(
+        op="linear_cross_entropy", shape=shape, dtype=torch.float32, inputs=[torch.empty(0)]
+    )
+    made = bench.kernel_measure.logits_bytes(case, "ours")
+    assert 30e6 < made <= bench.bench_kernels.BAR_LOGITS_BYTES
+    assert bench.kernel_measure.logits_bytes(case, "eager") == 4 * 1024 * 50_304
+
+
+def test_a_report_is_whole_after_every_write(bench, tmp_path) -> None:
+    report = bench.bench_kernels.Report(tmp_path / "kernels.json", {"absent": {"liger": "no"}})
+    report.write()
+    assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == []
+    report.rows = [{"a": 1}, {"a": 2}]
+    report.write()
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found == {"absent": {"liger": "no"}, "rows": [{"a": 1}, {"a": 2}]}
+    assert [p.name for p in tmp_path.iterdir()] == ["kernels.json"]
+
+
+def test_quantiles(bench) -> None:
+    values = [4.0, 1.0, 3.0, 2.0, 5.0]
+    assert bench.gpu_timing.median(values) == 3.0
+    assert bench.gpu_timing.quantile(values, 0.2) == pytest.approx(1.8)
+    assert bench.gpu_timing.quantile([7.0], 0.8) == 7.0
+
+
+def small(**changes):
+    cfg = presets.load("base/750M_unified_v1").model
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 16, "vocab_size": 100}
+    return dataclasses.replace(cfg, **sizes, dropout=0.0, **changes)
+
+
+def test_the_plain_gpt_computes_our_loss(bench) -> None:
+    """The same architecture: with our weights it has our loss."""
+    cfg = small()
+    ours, plain = GPT(cfg, seed=1), bench.gpu_steps.PlainGPT(cfg)
+    pairs = {
+        "sa.qkv": "qkv", "sa.proj": "out", "fwd.w_gate": "gate", "fwd.w_up": "up",
+        "fwd.w_down": "down", "ln1": "norm_1", "ln2": "norm_2", "ln_f": "norm",
+        "lm_head": "head", "token_embedding_table": "tokens",
+    }  # fmt: skip
+    renamed = {}
+    for key, value in ours.state_dict().items():
+        for a, b in pairs.items():
+            key = key.replace(a, b)
+        renamed[key] = value
+    missing = plain.load_state_dict(renamed, strict=False)
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) <= {"cos", "sin"}
+    x, y = (torch.randint(100, (3, 16)) for _ in "xy")
+    torch.testing.assert_close(plain(x, y), ours(x, y) / y.numel())
+
+
+@pytest.mark.parametrize("variant", ["plain", "auto", "reference/input"])
+def test_a_step_of_every_kind_of_variant(bench, variant) -> None:
+    step = bench.gpu_steps.stepper(variant, small(), 2, "cpu", compiled=False)
+    assert step() > 0
+    assert step() > 0
+
+
+def test_the_plain_gpt_refuses_another_architecture(bench) -> None:
+    with pytest.raises(ValueError, match="expected rope, swiglu, rmsnorm; found learned"):
+        bench.gpu_steps.PlainGPT(presets.load("tiny").model)
+
+
+def test_a_killed_parity_run_leaves_a_summary(bench, tmp_path, monkeypatch) -> None:
+    lines = tmp_path / "lines"
+    assert bench.parity_report.summary(lines)["passed"] == 0
+    monkeypatch.setenv("MYPT_PARITY_LINES", str(lines))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    report = bench.parity_report.pytest_runtest_logreport
+    base = {"nodeid": "t", "duration": 1.0, "longrepr": None}
+    for when, outcome, why in (
+        ("setup", "passed", None), ("call", "passed", None), ("call", "failed", "boom"),
+        ("setup", "skipped", ("file", 3, "Skipped: no card")),
+    ):  # fmt: skip
+        skipped = outcome == "skipped"
+        more = {"when": when, "outcome": outcome, "longrepr": why, "skipped": skipped}
+        report(SimpleNamespace(**{**base, **more}))
+    found = bench.parity_report.summary(lines)
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"][0]["why"] == "boom"
+    assert found["skips"] == {"Skipped: no card": 1}
+
+
+def test_without_a_gpu_the_suite_says_so_in_one_line(tmp_path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, str(BENCH / "gpu_suite.py"), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert "no GPU" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_kernel_test_has_a_twin_on_the_gpu() -> None:
+    """Every file that tests the operators in more than one way; the others need no card."""
+    folder = ROOT / "tests/kernels"
+    files = [p for p in folder.glob("test_*.py") if re.search(r"\bway\b", p.read_text())]
+    twins = [p.name for p in (ROOT / "tests/gpu").glob("test_parity_*.py")]
+    assert sorted(twins) == sorted(p.name.replace("test_", "test_parity_", 1) for p in files)
+
+
+def test_the_calls_of_the_gpu_tests_are_right() -> None:
+    """On the reference: every call runs, and gives what the plain expression gives."""
+    from tests.gpu import operators as calls
+
+    for name in calls.NAMES:
+        found = calls.make(name, "cpu", torch.float32, "reference").run()
+        wanted = calls.make(name, "cpu", torch.float32, "auto").run()
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
