@@ -102,6 +102,8 @@ class Measurement:
         self.failed[name] = why
         self.case.providers.pop(name)
         self.samples.pop(name, None)
+        if self.clock.device == "cuda":
+            torch.cuda.empty_cache()  # of one that ran out of memory
         self.restore(name)
 
     def _keep_best_native(self) -> None:

@@ -17,7 +17,7 @@ BLOCK_BYTES = 16384  # of a row at a time: wider spills registers
 
 @triton.jit
 def _cap(x, SOFTCAP: tl.constexpr):
-    """The capped logit softcap * tanh(x / softcap); the series where 1 - 2 / (1 + e^2u) would cancel."""
+    """The logit capped, SOFTCAP tanh(x / SOFTCAP); a series where 1 - 2/(1 + e^2u) cancels."""
     u = x / SOFTCAP
     size = tl.abs(u)
     far = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * size))
