@@ -10,7 +10,7 @@ from gpu_timing import Clock, median, peak_extra_bytes, quantile
 from kernel_cases import Case
 from torch import Tensor
 
-from mypt_fast.kernels.linear_cross_entropy import ALIGNMENT, chunk_rows
+from mypt_fast.kernels.chunked_head import ALIGNMENT, chunk_rows
 
 ROUNDS = {"cuda": 50, "cpu": 9}
 SLOW_S = 10.0  # on a CPU, a provider that took this long is sampled no more

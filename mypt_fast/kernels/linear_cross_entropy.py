@@ -270,7 +270,10 @@ def linear_cross_entropy(
         scale, largest = normalised(token_weight.to(wide))
     by = divisor(targets, token_weight, denom, rule) if reduction == "mean" else 1.0
     if grad_into is not None:
-        promised = torch.as_tensor(grad_scale * largest / by, device=x.device).float()
+        promised = grad_scale * largest / by
+        if not isinstance(promised, Tensor):  # made there: a copy would stall the device
+            promised = torch.full((), promised, device=x.device)
+        promised = promised.float()
         total = _GradInto.apply(
             x, weight, bias, targets, scale, rule, dtype, rows, path, grad_into, promised
         )

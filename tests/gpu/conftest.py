@@ -4,7 +4,6 @@ Every test here is marked `gpu`. Those of tests/kernels that ask for no `way` sh
 GPU and are not run again; those that need the CPU skip themselves and say why.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from tests.kernels.conftest import Way
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "kernels"))  # some import their neighbour there by its bare name
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

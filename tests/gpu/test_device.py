@@ -7,7 +7,7 @@ import torch
 
 from mypt_fast import kernels, presets
 from mypt_fast.kernels import _operator
-from mypt_fast.kernels.linear_cross_entropy import chunk_rows
+from mypt_fast.kernels.chunked_head import chunk_rows
 from mypt_fast.model import GPT
 from tests.gpu import operators
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mypt_fast.kernels.rope import rope_qkv, rope_tables
+from tests.kernels import oracle
 
 LENGTH = 16
 both = pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
