@@ -44,6 +44,8 @@ def operator(
     @functools.wraps(forward)
     def run(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if not autocasts(device):
+            return forward(*args)
         with torch.autocast(device, enabled=False):  # an operator picks its dtypes itself
             return forward(*args)
 
@@ -80,7 +82,14 @@ def observed() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
-def choose(name: str, impl: str, x: Tensor, saves_memory: bool = False) -> str:
+def choose(
+    name: str,
+    impl: str,
+    x: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    saves_memory: bool = False,
+) -> str:
     """The one rule: which implementation of operator `name` runs for `x`.
 
     `auto`: plain PyTorch on a CPU and for dtypes that Triton is not written for; on a GPU Triton,
@@ -92,6 +101,7 @@ def choose(name: str, impl: str, x: Tensor, saves_memory: bool = False) -> str:
         name: of the operator.
         impl: one of `IMPLS`.
         x: the tensor whose device and dtype decide.
+        dtype: what the kernels will compute in, where autocast makes that another one.
         saves_memory: whether the operator keeps less for the backward than the expression does.
 
     Returns:
@@ -104,12 +114,12 @@ def choose(name: str, impl: str, x: Tensor, saves_memory: bool = False) -> str:
     """
     if impl not in IMPLS:
         raise ValueError(f"{name}: impl must be one of {', '.join(IMPLS)}; found {impl!r}")
-    refuse_dtensor(name, x)
+    expect_tensors(name, x=x)
     if impl in ("reference", "inductor"):
         return impl
     if impl == "auto" and x.device.type == "cpu":
         return "inductor"
-    reason = _obstacle(x.device.type, x.device.index or 0, x.dtype)
+    reason = _obstacle(x.device.type, x.device.index or 0, dtype or x.dtype)
     if impl == "triton":
         if reason:
             raise ValueError(f"{name}: impl='triton' cannot run: {reason}")
@@ -134,7 +144,7 @@ def describe(impl: str, device: torch.device, dtype: torch.dtype, compiled: bool
         return f"{impl} kernels"
     if device.type == "cpu" or _obstacle(device.type, device.index or 0, dtype):
         return "PyTorch kernels"
-    return "Triton loss and MLP, inductor elsewhere" if compiled else "Triton kernels"
+    return "Triton loss, inductor elsewhere" if compiled else "Triton kernels"
 
 
 # The answers do not change while a process runs: torch.compile may take them as constants.
@@ -187,7 +197,9 @@ def run_expression(function: Callable[..., Any], impl: str, *args: Any, **kwargs
     """
     if impl != "inductor" or torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    return _compiled(function)(*args, **kwargs)
+    # a program may try many shapes and options; past the limit a whole graph is refused
+    with torch._dynamo.config.patch(recompile_limit=256):
+        return _compiled(function)(*args, **kwargs)
 
 
 @functools.cache
@@ -196,17 +208,27 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matmuls of `x` run in: autocast's where it is on, else that of `x`."""
+    """The dtype matmuls of `x` run in: autocast's, which leaves fp64 alone, else that of `x`."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype is torch.float64 or not autocasts(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
-def refuse_dtensor(name: str, *tensors: Tensor | None) -> None:
-    """Raise TypeError for a DTensor: kernels read plain memory and would see one shard."""
-    for t in tensors:
-        if t is not None and type(t).__name__ == "DTensor":
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; "meta" and others have none."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def expect_tensors(name: str, **tensors: Tensor) -> None:
+    """Raise TypeError for what is no tensor, and for a DTensor, of which kernels see one shard."""
+    for argument, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be a tensor; found {type(t).__name__}")
+        if type(t).__name__ == "DTensor":
             raise TypeError(
-                f"{name}: expected plain tensors; found a DTensor: pass .to_local() or gather it"
+                f"{name}: expected plain tensors; {argument} is a DTensor: pass .to_local() or "
+                "gather it"
             )
 
 
@@ -219,8 +241,10 @@ def expect_shape(name: str, argument: str, t: Tensor | None, shape: tuple[int, .
 def expect_same_device(name: str, x: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError if a tensor lies elsewhere than `x`, TypeError for a DTensor."""
     for argument, t in others.items():
-        refuse_dtensor(name, t)
-        if t is not None and t.device != x.device:
+        if t is None:
+            continue
+        expect_tensors(name, **{argument: t})
+        if t.device != x.device:
             raise ValueError(f"{name}: expected {argument} on {x.device}; found {t.device}")
 
 

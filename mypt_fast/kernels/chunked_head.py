@@ -101,10 +101,8 @@ class Head:
             if self.path == "reference":
                 tile = min(rows, reference.TILE_ROWS) if cpu else rows
                 self.wide = torch.empty(tile, V, dtype=torch.float32, device=device)
-            if cpu and need_w:
-                # bf16 has instructions that sum in fp32; an fp16 product would round each chunk
-                low = self.dtype if self.dtype is torch.bfloat16 else torch.float32
-                self.product = torch.empty(V, C, dtype=low, device=device)
+            if cpu and need_w and self.dtype is torch.bfloat16:
+                self.product = torch.empty(V, C, dtype=self.dtype, device=device)
 
     def _step(self, logits: Tensor, part: slice, gradient: bool) -> Tensor:
         """Losses of a chunk; its logits become their gradients, if wanted at all."""
@@ -125,7 +123,7 @@ class Head:
         return reference.step(logits, targets, scale, self.rule, self.wide)
 
     def _add_column_sums(self, total: Tensor, logits: Tensor) -> None:
-        if self.product is not None and self.product.dtype is self.dtype:
+        if self.product is not None:
             # on a CPU a sum in another dtype makes a copy first; a product sums in fp32 inside
             total += torch.mv(logits.T, self.low.new_ones(len(logits)))
         else:
@@ -134,9 +132,15 @@ class Head:
     def _add_product(self, total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         """Set `total` to a b at first, add it later, summed in fp32."""
         if self.product is not None:
-            low = self.product.dtype
-            product = torch.mm(a.to(low), b.to(low), out=self.product)
+            product = torch.mm(a, b, out=self.product)
             total.copy_(product) if first else total.add_(product)
+        elif self.dtype is torch.float16 and not total.is_cuda:
+            # no instructions for it, and a product rounded to fp16 would lose what fp32 sums keep
+            if first:
+                total.zero_()
+            for i in range(0, len(b), reference.TILE_ROWS):
+                tile = slice(i, i + reference.TILE_ROWS)
+                total.addmm_(a[:, tile].float(), b[tile].float())
         elif total.dtype is self.dtype:
             torch.mm(a, b, out=total) if first else total.addmm_(a, b)
         elif first:

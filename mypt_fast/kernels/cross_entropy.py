@@ -76,11 +76,12 @@ def cross_entropy(
 
     Args:
         logits: (N, V); their gradient is made in the backward, in one pass.
-        targets: (N,) int64. Out of range: ValueError on a CPU, a NaN loss on a GPU, where
-            looking would stall the device.
+        targets: (N,) int64. Out of range: ValueError on a CPU in eager mode, else a NaN loss:
+            looking would stall a GPU, and break a traced graph.
         ignore_index: rows with this target count nothing.
         token_weight: (N,) factor of each row's loss.
-        denom: what "mean" divides by, a number or 0-d tensor; None: the weights of the kept rows.
+        denom: what "mean" divides by, a number or 0-d tensor; None: the weights of the kept rows;
+            0 counts as 1.
         label_smoothing: share of the target spread over all columns (arXiv 1512.00567).
         z_loss: factor of the squared log-sum-exp (arXiv 2204.02311).
         softcap: logits become softcap * tanh(logits / softcap) (arXiv 2408.00118).
@@ -94,37 +95,46 @@ def cross_entropy(
         ValueError, TypeError: for arguments that do not fit each other.
     """
     name = "cross_entropy"
+    path = _operator.choose(name, impl, logits, saves_memory=True)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(
             f"{name}: expected logits of shape (N, V), V > 0; found {tuple(logits.shape)}"
         )
     rule = check_rule(name, ignore_index, label_smoothing, z_loss, softcap, reduction)
-    check_rows(name, logits, targets, token_weight, logits.shape, rule)
-    path = _operator.choose(name, impl, logits, saves_memory=True)
+    _operator.expect_floating(name, logits=logits)
+    check_rows(name, logits, targets, token_weight, denom, logits.shape, rule)
+    weight = kept_weight(logits, targets, token_weight, rule)
     if path == "inductor":
         losses = _operator.run_expression(reference.row_losses, impl, logits, targets, rule)
     else:
         options = (ignore_index, label_smoothing, z_loss, rule.softcap, path == "triton")
         losses = forward(logits, targets, *options)[0]
-    if token_weight is not None:
-        losses = losses * token_weight
+    if weight is not None:
+        losses = losses * weight
     if reduction == "none":
         return losses
-    return losses.sum() / (
-        divisor(targets, token_weight, denom, rule) if reduction == "mean" else 1
-    )
+    return losses.sum() / (divisor(targets, weight, denom, rule) if reduction == "mean" else 1)
+
+
+def kept_weight(
+    x: Tensor, targets: Tensor, token_weight: Tensor | None, rule: Rule
+) -> Tensor | None:
+    """The weights in the dtype of the losses; 0 for ignored rows, whatever they hold."""
+    if token_weight is None:
+        return None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return token_weight.to(wide).where(targets != rule.ignore_index, 0)
 
 
 def divisor(
-    targets: Tensor, token_weight: Tensor | None, denom: Tensor | float | None, rule: Rule
+    targets: Tensor, weight: Tensor | None, denom: Tensor | float | None, rule: Rule
 ) -> Tensor | float:
     """What a mean divides by: `denom`, else the kept weights; 1 where that is 0."""
-    if denom is not None and not isinstance(denom, Tensor):
-        return denom
     if denom is None:
-        kept = targets != rule.ignore_index
-        denom = kept.float().sum() if token_weight is None else token_weight.where(kept, 0).sum()
-    return denom.where(denom != 0, 1)
+        denom = ((targets != rule.ignore_index).float() if weight is None else weight).sum()
+    if not isinstance(denom, Tensor):
+        return float(denom) or 1.0
+    return denom.to(torch.promote_types(denom.dtype, torch.float32)).where(denom != 0, 1)
 
 
 def check_rule(
@@ -146,18 +156,27 @@ def check_rule(
 
 
 def check_rows(
-    name: str, x: Tensor, targets: Tensor, token_weight: Tensor | None, shape: tuple[int, ...],
-    rule: Rule,
+    name: str, x: Tensor, targets: Tensor, token_weight: Tensor | None,
+    denom: Tensor | float | None, shape: tuple[int, ...], rule: Rule,
 ) -> None:  # fmt: skip
     """Check what every row has: a target within `shape[1]` columns, perhaps a weight."""
     N, V = shape
-    _operator.expect_floating(name, x=x, token_weight=token_weight)
+    _operator.expect_tensors(name, targets=targets)
+    _operator.expect_same_device(name, x, targets=targets, token_weight=token_weight)
+    _operator.expect_floating(name, token_weight=token_weight)
     if targets.dtype is not torch.int64:
         raise TypeError(f"{name}: expected targets of int64; found {targets.dtype}")
     _operator.expect_shape(name, "targets", targets, (N,))
     _operator.expect_shape(name, "token_weight", token_weight, (N,))
-    _operator.expect_same_device(name, x, targets=targets, token_weight=token_weight)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and N:
+    if isinstance(denom, Tensor):
+        _operator.expect_same_device(name, x, denom=denom)
+        _operator.expect_shape(name, "denom", denom, ())
+    elif denom is not None and not isinstance(denom, (int, float)):
+        raise TypeError(
+            f"{name}: expected denom to be a number or a 0-d tensor; found {type(denom).__name__}"
+        )
+    readable = type(targets) is Tensor and targets.device.type == "cpu"
+    if readable and not torch.compiler.is_compiling() and N:
         kept = targets[targets != rule.ignore_index]
         wrong = kept[(kept < 0) | (kept >= V)]
         if len(wrong):

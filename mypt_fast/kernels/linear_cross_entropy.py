@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mypt_fast.kernels import _operator
 from mypt_fast.kernels.chunked_head import Head, chunk_rows
-from mypt_fast.kernels.cross_entropy import check_rows, check_rule, divisor
+from mypt_fast.kernels.cross_entropy import check_rows, check_rule, divisor, kept_weight
 from mypt_fast.kernels.reference.cross_entropy import Rule
 
 NAME = "linear_cross_entropy"
@@ -111,7 +112,7 @@ def _linear_cross_entropy_rows_backward(
     dtype: torch.dtype, rows: int, path: str, need_x: bool, need_w: bool, need_b: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rule = Rule(ignore_index, label_smoothing, z_loss, softcap)
-    scale, largest = normalised(grad)
+    scale, largest = normalised(grad.where(targets != ignore_index, 0))
     head = Head(x, weight, bias, targets, scale, rule, dtype, rows, path)
     made = head.run(need_x, need_w, need_b)[1:]
     wanted = (x.dtype, weight.dtype, bias.dtype if bias is not None else weight.dtype)
@@ -157,7 +158,17 @@ def _rows_backward_fake(
     )
 
 
-rows_backward = _operator.operator(_linear_cross_entropy_rows_backward, fake=_rows_backward_fake)
+def _rows_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+def _rows_backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    return _rows_flops(x, weight) * (1 + bool(rest[9]) + bool(rest[10]))
+
+
+rows_backward = _operator.operator(
+    _linear_cross_entropy_rows_backward, fake=_rows_backward_fake, flops=_rows_backward_flops
+)
 single = _operator.operator(
     _linear_cross_entropy_rows,
     fake=lambda x, weight, bias, targets, *rest: x.new_empty(
@@ -165,6 +176,7 @@ single = _operator.operator(
     ),
     setup_context=_rows_setup,
     backward=_rows_gradient,
+    flops=_rows_flops,
 )
 
 
@@ -180,26 +192,33 @@ class _GradInto(torch.autograd.Function):
         need_x, _, need_b = ctx.needs_input_grad[:3]
         if scale is None:
             scale = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
-        factor = promised.where(promised != 0, 1)
-        head = Head(x, weight, bias, targets, scale * (promised != 0), rule, dtype, rows, path)
-        # summed without the factor, like every dW: the buffer's older part steps aside for it
+        # Summed without the factor, like every dW: the buffer's older part steps aside for it.
+        # A factor that would take the buffer out of fp32's range goes to the rows instead.
+        moderate = (promised.abs() > 1e-12) & (promised.abs() < 1e12)
+        factor = promised.where(moderate, 1)
+        head = Head(
+            x, weight, bias, targets, scale * promised.where(~moderate, 1), rule, dtype, rows, path
+        )
         grad_into.div_(factor)
         with torch.autocast(x.device.type, enabled=False):
             losses, dx, _, db = head.run(need_x, True, need_b, dw=grad_into)
         grad_into.mul_(factor)
-        ctx.save_for_backward(dx, db, promised)
+        ctx.save_for_backward(dx, db, promised, factor)
+        ctx.grad_into = grad_into
         ctx.dtypes = (x.dtype, bias.dtype if bias is not None else None)
         ctx.needed = (need_x, need_b)
         return _total(losses, scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dx, db, promised = ctx.saved_tensors
+        dx, db, promised, factor = ctx.saved_tensors
         # dW is already in the buffer: another factor than promised may not pass unseen
         kept = (grad - promised).abs() <= 1e-5 * promised.abs()
-        grad = grad.where(kept, torch.nan)
+        factor = factor.where(kept, torch.nan)
+        ctx.grad_into[0, :1] += factor.where(~kept, 0)
         made = zip((dx, db), ctx.dtypes, ctx.needed, strict=True)
-        dx, db = (scale_once(t, grad, d, in_place=True) if n else None for t, d, n in made)
+        dx, db = (scale_once(t, factor, d, in_place=True) if n else None for t, d, n in made)
         return dx, None, db, *(None,) * 8
 
 
@@ -239,10 +258,12 @@ def linear_cross_entropy(
         softcap: as there.
         reduction: as there; "none" makes the logits again in the backward.
         grad_into: (V, C) fp32 buffer, `weight.grad` for instance, that dW is added to in the
-            forward instead of being returned: it saves a second dW. Not under torch.compile.
+            forward instead of being returned: it saves a second dW. Not under torch.compile, nor
+            inside a checkpoint, whose second forward would add again.
         grad_scale: with `grad_into`, the upstream gradient that the backward will get (the loss
-            scale, say), a number or 0-d tensor. Should another come, the gradient of x is NaN.
-        memory_budget: bytes that the logits of a chunk may take; see `chunk_rows`.
+            scale, say), a number or 0-d tensor. Should another come, the gradients are NaN.
+        memory_budget: bytes that the logits of a chunk may take, but 64 rows at least; see
+            `chunk_rows`.
         impl: as in `choose`; "inductor" compiles the step on a chunk of logits.
 
     Returns:
@@ -252,60 +273,79 @@ def linear_cross_entropy(
         ValueError, TypeError: for arguments that do not fit each other.
     """
     rule = check_rule(NAME, ignore_index, label_smoothing, z_loss, softcap, reduction)
-    _check(x, weight, bias, grad_into, reduction)
-    check_rows(NAME, x, targets, token_weight, (x.shape[0], weight.shape[0]), rule)
+    dtype = _check(x, weight, bias, grad_into, reduction, grad_scale, memory_budget)
+    check_rows(NAME, x, targets, token_weight, denom, (x.shape[0], weight.shape[0]), rule)
     if token_weight is not None and token_weight.requires_grad:
         raise ValueError(f"{NAME}: token_weight gets no gradient; pass it detached")
-    path = _path(impl, x)
-    dtype, cpu = _operator.autocast_dtype(x), x.device.type == "cpu"
+    path, cpu = _path(impl, x, dtype), x.device.type == "cpu"
     rows = chunk_rows(x.shape[0], weight.shape[0], dtype, cpu, memory_budget)
     options = (ignore_index, rule.label_smoothing, rule.z_loss, rule.softcap, dtype, rows)
+    row_weight = kept_weight(x, targets, token_weight, rule)
     if reduction == "none":
         losses = single(x, weight, bias, targets, *options, path)
-        return losses if token_weight is None else losses * token_weight
-    scale: Tensor | None = None
-    largest: Tensor | float = 1.0
-    if token_weight is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale, largest = normalised(token_weight.to(wide))
-    by = divisor(targets, token_weight, denom, rule) if reduction == "mean" else 1.0
-    if grad_into is not None:
+        return losses if row_weight is None else losses * row_weight
+    scale, largest = (None, 1.0) if row_weight is None else normalised(row_weight)
+    by = divisor(targets, row_weight, denom, rule) if reduction == "mean" else 1.0
+    grads = torch.is_grad_enabled()
+    if grad_into is not None and grads:
         promised = grad_scale * largest / by
         if not isinstance(promised, Tensor):  # made there: a copy would stall the device
             promised = torch.full((), promised, device=x.device)
-        promised = promised.float()
         total = _GradInto.apply(
-            x, weight, bias, targets, scale, rule, dtype, rows, path, grad_into, promised
+            x, weight, bias, targets, scale, rule, dtype, rows, path, grad_into, promised.float()
         )
     else:
-        grads = torch.is_grad_enabled()
         needs = (grads and t is not None and t.requires_grad for t in (x, weight, bias))
         total = summed(x, weight, bias, targets, scale, *options, *needs, path)[0]
     return total * largest / by
 
 
-def _path(impl: str, x: Tensor) -> str:
-    path = _operator.choose(NAME, impl, x, saves_memory=True)
+def _path(impl: str, x: Tensor, dtype: torch.dtype) -> str:
+    path = _operator.choose(NAME, impl, x, dtype=dtype, saves_memory=True)
     if path == "inductor":  # auto, on a CPU: the step needs no compiler to be fast there
         return "compiled" if impl == "inductor" else "reference"
     return path
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, grad_into: Tensor | None, reduction: str
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, grad_into: Tensor | None, reduction: str,
+    grad_scale: Tensor | float, memory_budget: int | None,
+) -> torch.dtype:  # fmt: skip
+    """Check all but the rows; returns the dtype of the matmuls."""
+    _operator.expect_tensors(NAME, x=x, weight=weight)
+    _operator.expect_same_device(NAME, x, weight=weight, bias=bias, grad_into=grad_into)
+    _operator.expect_floating(NAME, x=x, weight=weight, bias=bias)
     if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1] or not weight.numel():
         raise ValueError(
             f"{NAME}: expected x (N, C) and weight (V, C), V and C > 0; "
             f"found {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    _operator.expect_floating(NAME, weight=weight, bias=bias)
     _operator.expect_shape(NAME, "bias", bias, (weight.shape[0],))
-    _operator.expect_same_device(NAME, x, weight=weight, bias=bias, grad_into=grad_into)
-    if grad_into is None:
-        return
-    _operator.expect_shape(NAME, "grad_into", grad_into, tuple(weight.shape))
-    if grad_into.dtype is not torch.float32 or not grad_into.is_contiguous():
-        raise TypeError(f"{NAME}: expected grad_into contiguous and fp32; found {grad_into.dtype}")
+    dtype = _operator.autocast_dtype(x)
+    if not _operator.autocasts(x.device.type):
+        for argument, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.dtype is not x.dtype:
+                raise TypeError(
+                    f"{NAME}: expected {argument} of the dtype of x, {x.dtype}; found {t.dtype}"
+                )
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"{NAME}: expected memory_budget > 0 or None; found {memory_budget}")
+    if grad_into is not None:
+        _check_buffer(grad_into, weight, dtype, reduction)
+        if isinstance(grad_scale, Tensor):
+            _operator.expect_same_device(NAME, x, grad_scale=grad_scale)
+            _operator.expect_shape(NAME, "grad_scale", grad_scale, ())
+    return dtype
+
+
+def _check_buffer(buffer: Tensor, weight: Tensor, dtype: torch.dtype, reduction: str) -> None:
+    _operator.expect_shape(NAME, "grad_into", buffer, tuple(weight.shape))
+    if buffer.dtype is not torch.float32 or dtype is torch.float64:
+        raise TypeError(
+            f"{NAME}: expected grad_into of fp32, and no fp64 beside it; "
+            f"found {buffer.dtype}, {dtype}"
+        )
+    if not buffer.is_contiguous():
+        raise ValueError(f"{NAME}: expected grad_into contiguous; found strides {buffer.stride()}")
     if reduction == "none" or torch.compiler.is_compiling():
         raise ValueError(f"{NAME}: grad_into needs reduction mean or sum, outside torch.compile")

@@ -18,10 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from mypt_fast.kernels._operator import (
     autocast_dtype,
+    autocasts,
     choose,
     expect_floating,
     expect_same_device,
     expect_shape,
+    expect_tensors,
     operator,
     run_expression,
 )
@@ -62,8 +64,13 @@ def swiglu_mlp(
     first: dict[str, Tensor] = {}
     if isinstance(w_gate_up, Tensor):
         first["w_gate_up"] = w_gate_up
-    else:
+    elif isinstance(w_gate_up, (tuple, list)) and len(w_gate_up) == 2:
         first["w_gate"], first["w_up"] = w_gate_up
+    else:
+        raise TypeError(
+            "swiglu_mlp: expected w_gate_up to be a tensor or a pair of tensors; "
+            f"found {type(w_gate_up).__name__}"
+        )
     path, save = _path("swiglu_mlp", x, {**first, "w_down": w_down}, save, impl)
     C, F = x.shape[-1], w_down.shape[-1]
     for argument, weight in first.items():
@@ -131,8 +138,7 @@ def _path(
 ) -> tuple[str, str]:
     """Check everything but shapes; the implementation, and what to save."""
     dtype = autocast_dtype(x)  # what the kernels will see, which decides
-    like = x if x.dtype is dtype else x.new_empty(0, dtype=dtype)
-    path = choose(name, impl, like, saves_memory=save != "all")
+    path = choose(name, impl, x, dtype=dtype, saves_memory=save != "all")
     if save not in ("all", "gate_up", "input"):
         raise ValueError(
             f"{name}: save must be one of all, {'gate_' if name == 'swiglu_mlp' else ''}up, input; "
@@ -145,9 +151,11 @@ def _path(
                 "expression, which keeps everything: use save='all', or another impl"
             )
         path = "reference"
+    weights = {k: t for k, t in others.items() if k.startswith("w")}
+    expect_tensors(name, **weights)  # type: ignore[arg-type]
     expect_floating(name, x=x, **others)
     expect_same_device(name, x, **others)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x.device.type):
         for argument, t in others.items():
             if t is not None and t.dtype is not x.dtype:
                 raise TypeError(

@@ -15,6 +15,7 @@ from mypt_fast.kernels import _operator as op
 from mypt_fast.kernels.reference import norm as reference
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
+MAX_COLUMNS = 32768  # what the kernels hold in registers
 
 
 def rms_norm(
@@ -45,7 +46,7 @@ def rms_norm(
         ValueError: for shapes or devices that do not fit, or an `impl` that cannot run here.
         TypeError: for dtypes other than these, fp64 among others, or a DTensor.
     """
-    path = _check("rms_norm", impl, x, weight)
+    path = _check("rms_norm", impl, x, weight, out_dtype=out_dtype)
     dtype = _out_dtype(x, out_dtype)
     if path == "inductor":
         return op.run_expression(reference.rms_norm, impl, x, weight, eps, offset, dtype)
@@ -81,7 +82,7 @@ def layer_norm(
         ValueError: for shapes or devices that do not fit, or an `impl` that cannot run here.
         TypeError: for dtypes other than these, fp64 among others, or a DTensor.
     """
-    path = _check("layer_norm", impl, x, weight, bias=bias)
+    path = _check("layer_norm", impl, x, weight, bias=bias, out_dtype=out_dtype)
     dtype = _out_dtype(x, out_dtype)
     if path == "inductor":
         return op.run_expression(reference.layer_norm, impl, x, weight, bias, eps, dtype)
@@ -125,7 +126,7 @@ def add_rms_norm(
             seed, or an `impl` that cannot run here.
         TypeError: for dtypes other than these, fp64 among others, or a DTensor.
     """
-    path = _check("add_rms_norm", impl, x, weight, residual=residual)
+    path = _check("add_rms_norm", impl, x, weight, residual=residual, out_dtype=out_dtype)
     seed = _checked_seed("add_rms_norm", x, dropout_p, seed)
     dtype = _out_dtype(x, out_dtype)
     if path == "inductor":
@@ -169,7 +170,9 @@ def add_layer_norm(
             seed, or an `impl` that cannot run here.
         TypeError: for dtypes other than these, fp64 among others, or a DTensor.
     """
-    path = _check("add_layer_norm", impl, x, weight, residual=residual, bias=bias)
+    path = _check(
+        "add_layer_norm", impl, x, weight, residual=residual, bias=bias, out_dtype=out_dtype
+    )
     seed = _checked_seed("add_layer_norm", x, dropout_p, seed)
     dtype = _out_dtype(x, out_dtype)
     if path == "inductor":
@@ -188,8 +191,16 @@ def _check(
     *,
     residual: Tensor | None = None,
     bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> str:
-    path = op.choose(name, impl, x)
+    path = op.choose(name, impl, x, dtype=_kernel_dtype(x, out_dtype))
+    if path == "triton" and x.dim() and x.shape[-1] > MAX_COLUMNS:
+        if impl == "triton":
+            raise ValueError(
+                f"{name}: impl='triton' takes rows of at most {MAX_COLUMNS}; found {x.shape[-1]}"
+            )
+        path = "inductor"
+    op.expect_tensors(name, weight=weight)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: expected x of shape (..., C), C > 0; found {tuple(x.shape)}")
     tensors = {"x": x, "weight": weight, "residual": residual, "bias": bias}
@@ -207,6 +218,12 @@ def _check(
     return path
 
 
+def _kernel_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """bf16 where any of it is: what a card must support."""
+    out = _out_dtype(x, out_dtype)
+    return torch.bfloat16 if out is torch.bfloat16 else x.dtype
+
+
 def _checked_seed(name: str, x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
     """The seed, None where nothing is dropped."""
     if not 0.0 <= dropout_p < 1.0:
@@ -215,6 +232,7 @@ def _checked_seed(name: str, x: Tensor, dropout_p: float, seed: Tensor | None) -
         return None
     if seed is None:
         raise ValueError(f"{name}: expected a seed with dropout_p {dropout_p}; found None")
+    op.expect_tensors(name, seed=seed)
     if seed.dtype is not torch.int64 or seed.dim() != 0:
         raise ValueError(
             f"{name}: expected seed as a 0-d int64 tensor; "
@@ -227,6 +245,8 @@ def _checked_seed(name: str, x: Tensor, dropout_p: float, seed: Tensor | None) -
 def _out_dtype(x: Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     """As asked; else autocast's, which leaves fp64 alone, or that of x."""
     if out_dtype is not None:
+        if not out_dtype.is_floating_point:
+            raise TypeError(f"norm: expected a floating-point out_dtype; found {out_dtype}")
         return out_dtype
     return x.dtype if x.dtype is torch.float64 else op.autocast_dtype(x)
 

@@ -16,7 +16,14 @@ def rope_tables(
     """Cosines and sines of (position / scale) * theta^(-2i/D), each (length, D/2), fp32.
 
     Built in fp64 and rounded once: at position 4095 an fp32 angle is already off by 2e-4.
+
+    Raises:
+        ValueError: for an odd head_size, and for a scale that is not positive.
     """
+    if head_size < 2 or head_size % 2 or not scale > 0:
+        raise ValueError(
+            f"rope_tables: expected an even head_size and scale > 0; found {head_size} and {scale}"
+        )
     i = torch.arange(0, head_size, 2, dtype=torch.float64, device=device)
     inverse = theta ** (-i / head_size)
     angle = torch.outer(torch.arange(length, dtype=torch.float64, device=device) / scale, inverse)
@@ -258,8 +265,9 @@ class _RopeQKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        q_weight = ctx.saved_tensors[4]
-        dqkv, dweights = _backward(dq, dk, dv, *ctx.saved_tensors, ctx.eps, ctx.triton)
+        saved = ctx.saved_tensors  # read once: a checkpoint hands them out once
+        q_weight = saved[4]
+        dqkv, dweights = _backward(dq, dk, dv, *saved, ctx.eps, ctx.triton)
         dq_weight = dk_weight = None
         if q_weight is not None:
             dq_weight, dk_weight = dweights.to(q_weight.dtype)

@@ -249,8 +249,16 @@ def log_path(settings: Settings) -> Path:
 
 def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
     """`auto` compiles on a GPU; on a CPU a cold compile costs more than it gains."""
-    asked = "--kernels inductor" if cfg.kernels == "inductor" else "--compile on"
-    if (cfg.compile == "on" or cfg.kernels == "inductor") and device.type == "cpu":
+    asked = "--compile on" if cfg.compile == "on" else ""
+    if cfg.kernels == "inductor":
+        asked = "--kernels inductor"
+        if cfg.compile == "off":
+            raise ConfigError(
+                "--kernels inductor is torch.compile's own code",
+                "found --compile off",
+                "drop one of the two",
+            )
+    if asked and device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             raise ConfigError(
@@ -258,17 +266,12 @@ def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
                 f"found no {compiler}",
                 "install one, or drop the flag",
             )
-    if cfg.kernels == "inductor":
-        if cfg.compile == "off":
-            raise ConfigError(
-                "--kernels inductor is torch.compile's own code",
-                "found --compile off",
-                "drop one of the two",
-            )
-        return True
-    if cfg.compile == "auto":  # Triton builds its launchers with the C compiler
-        return device.type == "cuda" and any(map(shutil.which, ("cc", "gcc", "clang")))
-    return cfg.compile == "on"
+    c_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton's launchers need it
+    if asked and device.type == "cuda" and not c_compiler:
+        raise ConfigError(
+            f"{asked} needs a C compiler", "found no cc, gcc or clang", "install one, or drop it"
+        )
+    return bool(asked) or (cfg.compile == "auto" and device.type == "cuda" and c_compiler)
 
 
 def freeze(model: GPT, cfg: TrainConfig) -> None:

@@ -104,13 +104,27 @@ def test_reductions_weights_and_denominator(way) -> None:
 
 @pytest.mark.parametrize("N", [0, 4])
 def test_nothing_kept_is_zero_with_zero_gradients(N, way, dtype) -> None:
-    logits = torch.full((N, 20), torch.nan, dtype=dtype, device=way.device, requires_grad=True)
     targets = torch.full((N,), -100, device=way.device)
-    loss = cross_entropy(logits.nan_to_num(), targets, impl=way.impl)
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad is not None
-    assert not logits.grad.any()
+    for options in OPTIONS[:4]:
+        logits = torch.full((N, 20), torch.nan, dtype=dtype, device=way.device, requires_grad=True)
+        loss = cross_entropy(logits, targets, impl=way.impl, **options)
+        loss.backward()
+        assert loss.item() == 0
+        assert not logits.grad.any()
+
+
+def test_targets_and_weights_with_strides(way) -> None:
+    logits, targets, _ = case(9, 30, torch.float32, way.device)
+    spread = torch.stack((targets, targets + 1), 1)[:, 0]
+    weights = torch.rand(9, 2, device=way.device)
+    loss = cross_entropy(logits, spread, token_weight=weights[:, 0], impl=way.impl)
+    want = cross_entropy(logits, targets, token_weight=weights[:, 0].contiguous(), impl=way.impl)
+    assert loss == want
+    one = targets[1:2].expand(9)
+    assert torch.equal(
+        cross_entropy(logits, one, reduction="none", impl=way.impl),
+        cross_entropy(logits, one.contiguous(), reduction="none", impl=way.impl),
+    )
 
 
 def test_near_certain_and_hopeless_targets_keep_their_digits(way) -> None:

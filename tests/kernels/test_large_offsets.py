@@ -49,22 +49,34 @@ def test_cross_entropy(way, far_apart):
 def test_swiglu(way, far_apart):
     x, upstream = draw(way, 2, 48), draw(way, 2, 24)
     op = lambda t: kernels.swiglu(t, impl=way.impl)  # noqa: E731
-    assert_same(gradient(op, far_apart(x), upstream), gradient(op, x, upstream))
+    assert_same(gradient(op, far_apart(x), far_apart(upstream)), gradient(op, x, upstream))
 
 
-def test_norms(way, far_apart):
-    x, weight = draw(way, 2, 40), draw(way, 40)
-    for op in (
-        lambda t: kernels.rms_norm(t, weight, impl=way.impl),
-        lambda t: kernels.layer_norm(t, weight, weight, impl=way.impl),
-    ):
-        assert_same(gradient(op, far_apart(x), x), gradient(op, x, x))
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_norms(way, far_apart, name):
+    x, weights = draw(way, 2, 40), [draw(way, 40)] * (1 + (name == "layer_norm"))
+    op = lambda t: getattr(kernels, name)(t, *weights, impl=way.impl)  # noqa: E731
+    assert_same(gradient(op, far_apart(x), far_apart(x)), gradient(op, x, x))
 
 
-def test_rope(way, far_apart):
+@pytest.mark.parametrize("name", ["add_rms_norm", "add_layer_norm"])
+def test_norms_of_a_sum(way, far_apart, name):
+    x, weights = draw(way, 2, 40), [draw(way, 40)] * (1 + (name == "add_layer_norm"))
+
+    def run(x, residual, dy, dh):
+        leaves = [t.detach().requires_grad_() for t in (x, residual)]
+        y, h = getattr(kernels, name)(*leaves, *weights, impl=way.impl)
+        return [y.detach(), h.detach(), *torch.autograd.grad((y, h), leaves, (dy, dh))]
+
+    assert_same(run(*(far_apart(x) for _ in range(4))), run(x, x, x, x))
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "qk_norm"])
+def test_rope(way, far_apart, normed):
     cos, sin = kernels.rope_tables(2, 16, 1e4, 1.0, device=way.device)
     qkv, upstream = draw(way, 1, 2, 3 * 32), draw(way, 1, 2, 2, 16)
-    op = lambda t: sum(kernels.rope_qkv(t, cos, sin, 2, impl=way.impl))  # noqa: E731
+    weights = dict.fromkeys(("q_weight", "k_weight"), draw(way, 16)) if normed else {}
+    op = lambda t: sum(kernels.rope_qkv(t, cos, sin, 2, impl=way.impl, **weights))  # noqa: E731
     assert_same(gradient(op, far_apart(qkv), upstream), gradient(op, qkv, upstream))
 
 

@@ -9,6 +9,7 @@ import torch
 from mypt_fast import presets
 from mypt_fast.errors import ConfigError
 from mypt_fast.kernels.jit import launch
+from tests.kernels.conftest import INTERPRETED
 
 WIDEST = {"cross_entropy": 1 << 20}
 KERNELS = (
@@ -184,3 +185,25 @@ def test_tiles_waste_no_lanes() -> None:
         assert count <= 8
         if columns <= 2048 and columns % 256 == 0:
             assert block * count == columns
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a launch needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_tuner_launches_what_it_tries(kernel, bits, monkeypatch) -> None:
+    from mypt_fast.kernels.jit import timing, tuning
+
+    monkeypatch.setattr(timing, "ELEMENTS", 1 << 12)
+    monkeypatch.setattr(tuning, "has_bf16", lambda device: False)
+    asked = []
+    choose = launch.config
+    monkeypatch.setattr(launch, "config", lambda *a: asked.append(choose(*a)) or asked[-1])
+    shape = {"n_embd": 192, "hidden": 768, "n_head": 4, "head_size": 48, "vocab_size": 500}
+    (slot,) = (s for s in tuning.slots([shape], False) if (s.kernel, s.bits) == (kernel, bits))
+    width = shape[tuning.KERNELS[kernel].size]
+    launch_once, moved = timing.workload(slot, width, torch.device("cpu"))
+    assert moved > width
+    for row in tuning.candidates(slot, 80)[:2]:
+        with tuning.tried(row):
+            launch_once()
+        assert asked.pop() == row

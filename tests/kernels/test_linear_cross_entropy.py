@@ -112,6 +112,42 @@ def test_a_mean_divides_by_what_was_asked_for(way) -> None:
         assert got.item() == pytest.approx((total / by).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_weight_of_an_ignored_row_is_nobodys(reduction, way, dtype) -> None:
+    inputs, targets = case(20, 8, 30, dtype, way.device)
+    grad = torch.ones(20) if reduction == "none" else torch.tensor(1.0)
+    results = []
+    for stray in (1.0, 1e9, torch.nan):
+        weights = torch.ones(20, device=way.device)
+        weights[0] = stray  # its target is -100
+        results.append(
+            oracle.run(
+                lambda x, w, b, m=weights: linear_cross_entropy(
+                    x, w, b, targets, token_weight=m, reduction=reduction, impl=way.impl
+                ),
+                inputs,
+                [grad.to(way.device)],
+            )
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_sum_of_fp16_weights_does_not_overflow(way) -> None:
+    x, w = torch.zeros(70_000, 1, device=way.device), torch.ones(2, 1, device=way.device)
+    targets = torch.zeros(70_000, dtype=torch.int64, device=way.device)
+    weights = torch.ones(70_000, device=way.device).half()
+    loss = linear_cross_entropy(x, w, None, targets, token_weight=weights)
+    assert loss.item() == pytest.approx(0.6931472, rel=1e-5)
+
+
+@pytest.mark.parametrize("denom", [0, 0.0, torch.tensor(0.0)])
+def test_a_denominator_of_zero_counts_as_one(denom, way) -> None:
+    (x, w, b), targets = case(20, 8, 30, torch.float32, "cpu")
+    total = linear_cross_entropy(x, w, b, targets, reduction="sum")
+    assert linear_cross_entropy(x, w, b, targets, denom=denom) == total
+
+
 def test_tiny_token_weights_do_not_flush_fp16(way) -> None:
     inputs, targets = case(64, 32, 500, torch.float16, way.device)
     weights = torch.full((64,), 1e-6, device=way.device)
@@ -195,13 +231,38 @@ def test_a_buffer_takes_the_weight_gradient(way) -> None:
         torch.testing.assert_close(a.double(), e.grad, rtol=1e-5, atol=3e-6)
 
 
-def test_another_upstream_gradient_than_promised_is_not_silent(way) -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_another_upstream_gradient_than_promised_is_not_silent(frozen, way) -> None:
     (x, w, b), targets = case(20, 8, 30, torch.float32, way.device)
-    leaf, buffer = x.requires_grad_(), torch.zeros(30, 8, device=way.device)
-    loss = linear_cross_entropy(leaf, w, b, targets, impl=way.impl, grad_into=buffer)
+    buffer = torch.zeros(30, 8, device=way.device)
+    loss = linear_cross_entropy(
+        x.requires_grad_(not frozen), w.requires_grad_(), b, targets, impl=way.impl,
+        grad_into=buffer,
+    )  # fmt: skip
+    assert buffer.isfinite().all()
     (2 * loss).backward()
-    assert leaf.grad is not None
-    assert leaf.grad.isnan().all()
+    assert buffer.isnan().any()
+    assert frozen or x.grad.isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-20, 1e20])
+def test_an_extreme_grad_scale_spares_what_the_buffer_held(scale, way) -> None:
+    (x, w, b), targets = case(20, 8, 30, torch.float32, way.device)
+    buffer = torch.ones(30, 8, device=way.device)
+    linear_cross_entropy(
+        x, w.requires_grad_(), b, targets, impl=way.impl, grad_into=buffer, grad_scale=scale
+    )
+    truth = w.detach().double().requires_grad_()
+    (eager(x.double(), truth, b.double(), targets) / (targets != -100).sum()).backward()
+    torch.testing.assert_close(buffer.double(), 1 + scale * truth.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_without_gradients_the_buffer_is_left_alone(way) -> None:
+    (x, w, b), targets = case(20, 8, 30, torch.float32, way.device)
+    buffer = torch.ones(30, 8, device=way.device)
+    with torch.no_grad():
+        linear_cross_entropy(x, w.requires_grad_(), b, targets, impl=way.impl, grad_into=buffer)
+    assert (buffer == 1).all()
 
 
 def test_a_grad_scale_of_zero_leaves_the_buffer_alone(way) -> None:
@@ -385,10 +446,14 @@ def test_flops_count_the_matmuls_made(way) -> None:
 
     (x, w, b), targets = case(9, 8, 20, torch.float32, "cpu")
     one = 2 * 9 * 8 * 20
-    for trained, count in ((False, 1), (True, 3)):
+    for trained, reduction, count in (
+        (False, "mean", 1), (True, "mean", 3), (False, "none", 1), (True, "none", 4),
+    ):  # fmt: skip
         leaves = [t.detach().requires_grad_(trained) for t in (x, w, b)]
         with FlopCounterMode(display=False) as counter:
-            linear_cross_entropy(*leaves, targets)
+            loss = linear_cross_entropy(*leaves, targets, reduction=reduction).sum()
+            if trained:
+                loss.backward()
         assert counter.get_total_flops() == count * one
 
 
@@ -405,12 +470,22 @@ def test_targets_out_of_range(way) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        ({"weight": torch.zeros(5, 3).half()}, TypeError, "weight of the dtype of x"),
+        ({"memory_budget": 0}, ValueError, "memory_budget > 0 or None; found 0"),
+        ({"denom": torch.ones(4)}, ValueError, r"denom of shape \(\); found \(4,\)"),
+        ({"denom": "4"}, TypeError, "denom to be a number or a 0-d tensor; found str"),
+        ({"targets": None}, TypeError, "targets to be a tensor; found NoneType"),
         ({"x": torch.zeros(4, 2)}, ValueError, r"found \(4, 2\) and \(5, 3\)"),
         ({"weight": torch.zeros(0, 3)}, ValueError, r"found \(4, 3\) and \(0, 3\)"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias of shape \(5,\); found \(4,\)"),
         ({"x": torch.zeros(4, 3).int()}, TypeError, "found torch.int32"),
         ({"bias": torch.zeros(5, device="meta")}, ValueError, "bias on cpu; found meta"),
-        ({"grad_into": torch.zeros(5, 3).half()}, TypeError, "fp32; found torch.float16"),
+        ({"grad_into": torch.zeros(5, 3).half()}, TypeError, "grad_into of fp32, and no fp64"),
+        (
+            {"grad_into": torch.zeros(5, 3), "grad_scale": torch.ones((), device="meta")},
+            ValueError,
+            "grad_scale on cpu; found meta",
+        ),
         ({"grad_into": torch.zeros(4, 3)}, ValueError, r"grad_into of shape \(5, 3\)"),
         (
             {"grad_into": torch.zeros(5, 3), "reduction": "none"},
@@ -438,7 +513,7 @@ def test_a_dtensor_is_refused(way) -> None:
         pass
 
     sharded = torch.zeros(4, 3).as_subclass(DTensor)
-    with pytest.raises(TypeError, match="expected plain tensors; found a DTensor"):
+    with pytest.raises(TypeError, match="expected plain tensors; x is a DTensor"):
         linear_cross_entropy(
             sharded, torch.zeros(5, 3), None, torch.zeros(4, dtype=torch.int64), impl=way.impl
         )

@@ -166,7 +166,7 @@ def test_the_dtype_of_autocast_decides(way, monkeypatch):
     """Not that of the parameters: a card without bf16 must not get a bf16 kernel."""
     asked = []
     real = mlp.choose
-    monkeypatch.setattr(mlp, "choose", lambda *a, **k: (asked.append(a[2].dtype), real(*a, **k))[1])
+    monkeypatch.setattr(mlp, "choose", lambda *a, **k: (asked.append(k["dtype"]), real(*a, **k))[1])
     inputs, _ = tensors("swiglu", 3, 8, 12, torch.float32, way.device)
     with torch.autocast(way.device, dtype=torch.bfloat16):
         assert swiglu_mlp(*inputs, impl="auto").dtype is torch.bfloat16

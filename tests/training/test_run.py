@@ -471,3 +471,22 @@ def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(train) -> 
     )
     assert whole == parts
     assert whole == pytest.approx(eager, abs=1e-4)
+
+
+def test_inductor_kernels_are_compiled_or_refused(train, capsys, monkeypatch) -> None:
+    assert train("a", "--kernels", "inductor", "--compile", "off") == 2
+    assert "--kernels inductor" in error_line(capsys)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train("a", "--kernels", "inductor") == 2
+    assert "--kernels inductor needs a C++ compiler" in error_line(capsys)
+
+
+def test_forced_kernels_that_cannot_run_are_refused(train, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert train("a", "--kernels", "triton") == 2
+    assert "--kernels triton cannot run" in error_line(capsys)
+
+
+def test_a_run_says_which_kernels_it_trains_with(train, capsys) -> None:
+    assert train("a", "--kernels", "reference") == 0
+    assert "reference kernels" in capsys.readouterr().out

@@ -259,6 +259,9 @@ def _serve(pipe: Any, home: str) -> None:
                 pipe.send(("", _compile_group(group, home)))
             except Exception:
                 pipe.send((traceback.format_exc(), {}))
+    shutil.rmtree(home, ignore_errors=True)  # the parent may have been killed
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(home))  # by the last
 
 
 def _compile_group(group: list[Any], folder: str) -> dict[Any, Usage]:
@@ -373,7 +376,7 @@ def _cuobjdump() -> str:
 
     try:
         return knobs.nvidia.cuobjdump.path
-    except RuntimeError as e:
+    except (RuntimeError, OSError) as e:
         raise DeviceError(
             "compiling ahead of time needs cuobjdump",
             "this installation of Triton has none that runs",

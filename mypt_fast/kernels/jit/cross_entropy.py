@@ -63,12 +63,13 @@ def _cross_entropy_rows(
         at = _cap(at, SOFTCAP)
     offsets = tl.arange(0, BLOCK)
     if LOSS:
-        peak = tl.full((), -3.0e38, tl.float32)
+        peak = tl.full((), -3.4028234663852886e38, tl.float32)
         sums = tl.zeros((BLOCK,), tl.float32)
         plain = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, n, BLOCK):
             cols = start + offsets
-            x = tl.load(logits_ptr + cols, mask=cols < touchable, other=0.0).to(tl.float32)
+            x = tl.load(logits_ptr + cols, mask=kept & (cols < touchable), other=0.0)
+            x = x.to(tl.float32)
             x = tl.where(cols < columns, x, 0.0)  # the padding holds anything
             if SOFTCAP > 0:
                 x = _cap(x, SOFTCAP)
@@ -113,7 +114,8 @@ def _cross_entropy_rows(
         at_target = slope * (1.0 - miss) - miss + (SMOOTHING - SMOOTHING / columns)
         for start in range(0, columns, BLOCK):
             cols = start + offsets
-            x = tl.load(logits_ptr + cols, mask=cols < touchable, other=0.0).to(tl.float32)
+            x = tl.load(logits_ptr + cols, mask=kept & (cols < touchable), other=0.0)
+            x = x.to(tl.float32)
             x = tl.where(cols < columns, x, 0.0)  # the padding holds anything
             if SOFTCAP > 0:
                 x = _cap(x, SOFTCAP)
@@ -148,9 +150,11 @@ def _launch(
     constants, warps, stages = _constants(
         V, logits.dtype, launch.arch_of(logits), rule, HAS_SCALE=scale is not None, **flags
     )
+    targets = targets.contiguous()
+    factors = losses if scale is None else scale.contiguous()
     with launch.device_guard(logits):
         _cross_entropy_rows[(N,)](
-            logits, grad, targets, losses if scale is None else scale, losses, stats,
+            logits, grad, targets, factors, losses, stats,
             logits.stride(0), grad.stride(0),
             V, touchable, rule.ignore_index,
             **constants, num_warps=warps, num_stages=stages,
@@ -184,9 +188,8 @@ def backward(grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, rule:
     """As `reference.cross_entropy.backward`."""
     logits = _unit_stride(logits)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    scale = grad.contiguous()
     V = logits.shape[1]
-    _launch(logits, out, targets, scale, stats, stats, rule, V, LOSS=False, GRAD=True)
+    _launch(logits, out, targets, grad, stats, stats, rule, V, LOSS=False, GRAD=True)
     return out
 
 

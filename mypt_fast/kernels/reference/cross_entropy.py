@@ -34,33 +34,35 @@ class Rule:
 
 def row_losses(logits: Tensor, targets: Tensor, rule: Rule) -> Tensor:
     """Loss of each row, (N,), differentiable; fp32, or fp64 for fp64 logits (N, V)."""
-    c = logits if logits.dtype is torch.float64 else logits.float()
-    if rule.softcap:
-        c = rule.softcap * torch.tanh(c / rule.softcap)
+    c = _capped(_wide(logits), rule)
+    kept, inside, index = _targets(targets, c.shape[1], rule)
     if not (rule.label_smoothing or rule.z_loss):
-        return F.cross_entropy(c, targets, ignore_index=rule.ignore_index, reduction="none")
-    kept = targets != rule.ignore_index
+        # -100 is PyTorch's own: it leaves those rows out, whatever they hold
+        safe = index.where(kept, -100)
+        return _poisoned(F.cross_entropy(c, safe, reduction="none"), kept, inside)
+    c = c.where(kept.unsqueeze(1), 0)
     lse = c.logsumexp(-1)
-    target = c.gather(1, targets.where(kept, 0).unsqueeze(1)).squeeze(1)
+    target = c.gather(1, index.unsqueeze(1)).squeeze(1)
     s = rule.label_smoothing
     loss = (1 - s) * (lse - target) + s * (lse - c.mean(-1)) + rule.z_loss * lse.square()
-    return loss.where(kept, 0)
+    return _poisoned(loss, kept, inside)
 
 
 def forward(logits: Tensor, targets: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     """Losses (N,) and statistics (N, 3): peak of c, sum of exp(c - peak), 1 - p of the target."""
     c = _capped(_wide(logits), rule)
-    kept, index = _targets(targets, rule)
+    kept, inside, index = _targets(targets, c.shape[1], rule)
     losses, stats = _terms(c, index, rule)
-    return losses.where(kept, 0), torch.stack(stats, 1)
+    return _poisoned(losses, kept, inside), torch.stack(stats, 1)
 
 
 def backward(grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, rule: Rule) -> Tensor:
     """Gradient of the logits, (N, V) in their dtype, for the gradients (N,) of the losses."""
     c = _capped(_wide(logits), rule)
-    kept, index = _targets(targets, rule)
-    scale = grad.to(c.dtype).where(kept, 0)
-    return _gradient(c, index, stats.unbind(1), scale, rule).to(logits.dtype)
+    kept, inside, index = _targets(targets, c.shape[1], rule)
+    scale = _poisoned(grad.to(c.dtype), kept, inside)
+    gradient = _gradient(c, index, stats.unbind(1), scale, rule)
+    return gradient.where(kept.unsqueeze(1), 0).to(logits.dtype)
 
 
 def step(
@@ -87,7 +89,7 @@ def _plain_tile(
     tile: Tensor, targets: Tensor, scale: Tensor | None, rule: Rule, wide: Tensor | None
 ) -> Tensor:
     """Textbook cross-entropy with as few passes over memory as PyTorch offers."""
-    kept, index = _targets(targets, rule)
+    kept, inside, index = _targets(targets, tile.shape[1], rule)
     column = index.unsqueeze(1)
     probs = tile if wide is None else wide[: len(tile)].copy_(tile)
     above_target = probs.amax(-1) - probs.gather(1, column).squeeze(1)
@@ -95,28 +97,38 @@ def _plain_tile(
     # lse - target = (peak - target) - log p_peak: no underflow however unlikely the target
     losses = above_target - probs.amax(-1).log()
     probs.scatter_add_(1, column, probs.new_full((len(tile), 1), -1.0))
-    factor = kept.to(probs.dtype) if scale is None else scale.to(probs.dtype).where(kept, 0)
-    # an elementwise pass saved, where the answer costs no synchronisation
-    if probs.device.type != "cpu" or not bool((factor == 1).all()):
-        probs.mul_(factor.unsqueeze(1))
+    _scale_(probs, scale, kept, inside)
     if probs is not tile:
         tile.copy_(probs)
-    return losses.where(kept, 0)
+    return _poisoned(losses, kept, inside)
 
 
 def _tile(tile: Tensor, targets: Tensor, scale: Tensor | None, rule: Rule) -> Tensor:
     c = _capped(_wide(tile), rule)
-    kept, index = _targets(targets, rule)
+    kept, inside, index = _targets(targets, tile.shape[1], rule)
     losses, stats = _terms(c, index, rule)
-    factor = kept.to(c.dtype) if scale is None else scale.to(c.dtype).where(kept, 0)
-    tile.copy_(_gradient(c, index, stats, factor, rule))
-    return losses.where(kept, 0)
+    grad = _gradient(c, index, stats, torch.ones_like(losses), rule)
+    tile.copy_(_scale_(grad, scale, kept, inside))
+    return _poisoned(losses, kept, inside)
+
+
+def _scale_(grad: Tensor, scale: Tensor | None, kept: Tensor, inside: Tensor) -> Tensor:
+    """Multiply rows by their factors, in place; ignored rows become 0 even if they hold NaN."""
+    factor = torch.ones_like(kept, dtype=grad.dtype) if scale is None else scale.to(grad.dtype)
+    factor = _poisoned(factor, kept, inside)
+    # passes over the tile saved, where asking costs no synchronisation
+    cpu = grad.device.type == "cpu"
+    if not cpu or not bool((factor == 1).all()):
+        grad.mul_(factor.unsqueeze(1))
+    if not cpu or not bool(kept.all()):
+        grad.masked_fill_(~kept.unsqueeze(1), 0)
+    return grad
 
 
 def step_expression(logits: Tensor, targets: Tensor, scale: Tensor, rule: Rule) -> Tensor:
     """`step` as one expression, for torch.compile to fuse."""
     c = _capped(_wide(logits), rule)
-    kept, index = _targets(targets, rule)
+    kept, inside, index = _targets(targets, c.shape[1], rule)
     peak = c.amax(-1)
     exps = (c - peak.unsqueeze(1)).exp()
     total = exps.sum(-1)
@@ -129,8 +141,9 @@ def step_expression(logits: Tensor, targets: Tensor, scale: Tensor, rule: Rule) 
     grad = exps * slope.unsqueeze(1) - s / c.shape[1] - torch.where(hit, 1 - s, 0.0)
     if rule.softcap:
         grad = grad * (1 - (c / rule.softcap).square())
-    logits.copy_(grad * scale.where(kept, 0).unsqueeze(1))
-    return losses.where(kept, 0)
+    grad = grad * _poisoned(scale, kept, inside).unsqueeze(1)
+    logits.copy_(grad.where(kept.unsqueeze(1), 0))
+    return _poisoned(losses, kept, inside)
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -141,9 +154,16 @@ def _capped(c: Tensor, rule: Rule) -> Tensor:
     return rule.softcap * torch.tanh(c / rule.softcap) if rule.softcap else c
 
 
-def _targets(targets: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+def _targets(targets: Tensor, columns: int, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, whose target is a column, and an index that is one in any case."""
     kept = targets != rule.ignore_index
-    return kept, targets.where(kept, 0)
+    inside = (targets >= 0) & (targets < columns)
+    return kept, inside, targets.where(kept & inside, 0)
+
+
+def _poisoned(rows: Tensor, kept: Tensor, inside: Tensor) -> Tensor:
+    """Rows that count, 0 for those that do not, NaN where the target is no column."""
+    return rows.where(inside, torch.nan).where(kept, 0)
 
 
 def _terms(c: Tensor, index: Tensor, rule: Rule) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
