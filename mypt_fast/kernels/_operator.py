@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 IMPLS = ("auto", "triton", "reference", "inductor")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PLAIN = (Tensor, torch.nn.Parameter)
 OLDEST_ARCH = 75  # Turing: the oldest that Triton still compiles for
 FIRST_BF16_ARCH = 80
 
@@ -114,7 +115,8 @@ def choose(
     """
     if impl not in IMPLS:
         raise ValueError(f"{name}: impl must be one of {', '.join(IMPLS)}; found {impl!r}")
-    expect_tensors(name, x=x)
+    if type(x) not in PLAIN:
+        expect_tensors(name, x=x)
     if impl in ("reference", "inductor"):
         return impl
     if impl == "auto" and x.device.type == "cpu":
@@ -232,6 +234,18 @@ def expect_tensors(name: str, **tensors: Tensor) -> None:
             )
 
 
+def alike_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all are plain tensors on the CPU, of one floating dtype.
+
+    Then what remains to check are the shapes: decoding a token calls a small operator dozens of
+    times, and every further question costs as much as a tenth of one.
+    """
+    dtype = x.dtype
+    if not x.is_cpu or type(x) not in PLAIN or not dtype.is_floating_point:
+        return False
+    return all(t is None or (type(t) in PLAIN and t.dtype is dtype and t.is_cpu) for t in others)
+
+
 def expect_shape(name: str, argument: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `t` is None or has exactly `shape`."""
     if t is not None and tuple(t.shape) != shape:
@@ -240,12 +254,14 @@ def expect_shape(name: str, argument: str, t: Tensor | None, shape: tuple[int, .
 
 def expect_same_device(name: str, x: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError if a tensor lies elsewhere than `x`, TypeError for a DTensor."""
+    device = x.device
     for argument, t in others.items():
         if t is None:
             continue
-        expect_tensors(name, **{argument: t})
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected {argument} on {x.device}; found {t.device}")
+        if type(t) not in PLAIN:  # decoding a token asks this a hundred times
+            expect_tensors(name, **{argument: t})
+        if t.device != device:
+            raise ValueError(f"{name}: expected {argument} on {device}; found {t.device}")
 
 
 def expect_floating(name: str, **tensors: Tensor | None) -> None:

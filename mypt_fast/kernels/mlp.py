@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mypt_fast.kernels._operator import (
+    alike_on_cpu,
     autocast_dtype,
     autocasts,
     choose,
@@ -137,6 +138,12 @@ def _path(
     name: str, x: Tensor, others: dict[str, Tensor | None], save: str, impl: str
 ) -> tuple[str, str]:
     """Check everything but shapes; the implementation, and what to save."""
+    if impl == "auto" and save == "all" and alike_on_cpu(x, *others.values()):
+        w_down = others["w_down"]
+        given = all(others.get(k, x) is not None for k in ("w_gate", "w_up"))
+        if x.dim() and x.shape[-1] and given and w_down is not None and w_down.dim() == 2:
+            if w_down.shape[1]:
+                return "inductor", save
     dtype = autocast_dtype(x)  # what the kernels will see, which decides
     path = choose(name, impl, x, dtype=dtype, saves_memory=save != "all")
     if save not in ("all", "gate_up", "input"):

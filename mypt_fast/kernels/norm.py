@@ -193,6 +193,11 @@ def _check(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> str:
+    if impl == "auto" and op.alike_on_cpu(x, weight, residual, bias) and x.dim() and x.shape[-1]:
+        width = x.shape[-1:]
+        fits = weight.shape == width and (bias is None or bias.shape == width)
+        if fits and (residual is None or residual.shape == x.shape):
+            return "inductor"
     path = op.choose(name, impl, x, dtype=_kernel_dtype(x, out_dtype))
     if path == "triton" and x.dim() and x.shape[-1] > MAX_COLUMNS:
         if impl == "triton":

@@ -4,7 +4,8 @@ Ahead of time a candidate must hold everything in registers, in every case that 
 Of those the one is taken that (1) keeps enough bytes in flight on a multiprocessor to cover the
 latency of its memory, (2) loads most bytes a lane, (3) keeps most warps resident, in eighths of
 what fits, (4) is nearest to four warps, (5) needs fewest registers. An architecture takes the row
-of an older one wherever that row is as good by (1) and (2): fewer rows, and fewer binaries to test.
+of one that needs more in flight wherever that row is as good by (1) and (2): fewer rows to read,
+and fewer binaries to test.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from mypt_fast.kernels import _operator
-from mypt_fast.kernels.jit import activation, aot, cross_entropy, launch, norm, rope
+from mypt_fast.kernels.jit import activation, aot, cross_entropy, launch, lowering, norm, rope
 from mypt_fast.kernels.jit.launch import Case, Config
 
 STAGES = 2
@@ -87,7 +88,7 @@ def _half(columns: int, _: int) -> tuple[int, int]:
 
 _ROWS = (1, 2, 4, 8, 16)
 _NORM = (256, 512, 768, 1024, 1280, 1536, 2048, 4096, 8192, 16384, 32768)
-_HEADS = (32, 64, 128, 256, 1024, 32768)
+_HEADS = (32, 64, 128, 256, 512, 32768)
 KERNELS = {
     "norm_forward": Kernel(norm, "n_embd", _NORM, _ROWS, 2, _row_of_tiles),
     "norm_backward": Kernel(norm, "n_embd", _NORM, _ROWS, 3, _row_of_tiles, programs=True),
@@ -128,9 +129,9 @@ def slots(shapes: Sequence[dict[str, int]], everything: bool) -> list[Slot]:
             below = bound
             if not used and not everything:
                 continue
-            # beyond the widths that models have, the narrowest of a bucket stands for it
-            full = bound if bound <= 32768 and kernel.size != "head_size" else 0
-            full = full or (bound if bound <= 1024 else TYPICAL[kernel.size])
+            full = TYPICAL[kernel.size] if bound == LAST else bound
+            if kernel.size == "head_size":
+                full = min(full, 4096)  # wider heads than anyone's
             found.append(Slot(name, bits, bound, tuple(sorted({*used, full}))))
     return found
 
@@ -198,7 +199,7 @@ def tried(row: Config) -> Iterator[None]:
         remembered()
 
 
-def resident(row: Config, usage: aot.Usage, arch: int) -> int:
+def resident(row: Config, usage: lowering.Usage, arch: int) -> int:
     """Programs that fit a multiprocessor at once."""
     limits, threads = LIMITS[_known(arch)], 32 * row.warps
     a_warp = -(-usage.registers * 32 // 256) * 256
@@ -211,7 +212,7 @@ def resident(row: Config, usage: aot.Usage, arch: int) -> int:
     return min(fits, 2) if row.programs else fits
 
 
-def merit(slot: Slot, row: Config, usage: aot.Usage, arch: int) -> tuple[Any, ...]:
+def merit(slot: Slot, row: Config, usage: lowering.Usage, arch: int) -> tuple[Any, ...]:
     """The rule at the head of this file, larger is better."""
     kernel, limits = KERNELS[slot.kernel], LIMITS[_known(arch)]
     there = resident(row, usage, arch)
@@ -241,12 +242,13 @@ def choose(
     them, and the next best where one spills. Where all spill, as very wide rows do, it is the one
     that does least.
     """
+    archs = sorted(archs, key=lambda arch: -LIMITS[_known(arch)].in_flight)
     ranked = ranked or _rank(archs, wanted, workers)
     chosen: dict[tuple[Slot, int], Config] = {}
     open_ = [(slot, arch) for slot in wanted for arch in archs]
     refused: dict[tuple[Slot, int], set[Config]] = {place: set() for place in open_}
     while open_:
-        say(f"{len(open_)} rows to check")
+        say(f"{len(open_)} rows to check in every case that they serve")
         for place in open_:
             chosen[place] = _pick(place, ranked, refused, chosen, archs)
         jobs, owners = [], []
@@ -260,7 +262,7 @@ def choose(
         for place in bad:
             refused[place].add(_plain(chosen[place]))
         open_ = [p for p in open_ if p in bad and len(refused[p]) < len(ranked[p])]
-    return {arch: [chosen[slot, arch] for slot in wanted] for arch in archs}
+    return {arch: [chosen[slot, arch] for slot in wanted] for arch in sorted(archs)}
 
 
 def _plain(row: Config) -> Config:
@@ -289,15 +291,15 @@ def _rank(archs: Sequence[int], wanted: Sequence[Slot], workers: int) -> Ranking
 def _pick(
     place: tuple[Slot, int], ranked: Any, refused: Any, chosen: Any, archs: Sequence[int]
 ) -> Config:
-    """The best row that was not refused, or an older architecture's that is as good."""
+    """The best row that was not refused, or a hungrier architecture's that is as good."""
     slot, arch = place
     programs = PROGRAMS[_known(arch)] if KERNELS[slot.kernel].programs else 0
     left = {row: m for row, m in ranked[place].items() if row not in refused[place]}
     if not left:  # all spill: the first by merit, which spills least
         left = ranked[place]
     best = max(left, key=lambda row: left[row])
-    for older in archs[: archs.index(arch)]:
-        row = _plain(chosen[slot, older])
+    for other in archs[: archs.index(arch)]:
+        row = _plain(chosen[slot, other])
         if row in left and left[row][:4] >= left[best][:4]:
             best = row
             break
