@@ -14,6 +14,7 @@ logits.
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,13 +29,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the CLI does, for all 
 import pytest
 import record
 import torch
-from gpu_timing import Clock, copy_rate, facts, matmul_rate
+from gpu_timing import Clock, copy_rate, device_error, facts, matmul_rate
 from kernel_cases import BUILDERS, Case, Shape, plan
-from kernel_measure import ROUNDS, Measurement, digits, logits_bytes
+from kernel_measure import ROUNDS, DeviceLostError, Measurement, digits, logits_bytes
 from peers import Peers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BAR, BAR_LOGITS_BYTES = 1.10, 60e6
+DEVICE_LOST = 9  # exit code: a new process with --resume can go on
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 HOW = {
     "samples": "rounds over all providers in turn",
@@ -138,15 +140,13 @@ class Report:
     """The file, written anew after each case: a run that is stopped leaves what it has."""
 
     def __init__(self, out: Path | None, header: dict[str, Any]) -> None:
-        self.out, self.header = out, header
+        self.header = header
         self.rows: list[dict[str, Any]] = []
-        if out is None:
-            folder = slug(header["gpu"]["name"]) if "gpu" in header else "cpu"
-            self.out = record.RESULTS / folder / "kernels.json"
+        folder = slug(header["gpu"]["name"]) if "gpu" in header else "cpu"
+        self.out = out or record.RESULTS / folder / "kernels.json"
 
     def write(self) -> None:
         """Write beside the file, then put in its place."""
-        assert self.out is not None
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n  ".join(json.dumps(row) for row in self.rows)
         text = json.dumps({**self.header, "rows": []}, indent=1)
@@ -155,47 +155,95 @@ class Report:
         os.replace(part, self.out)
 
 
-def measure_all(args: argparse.Namespace) -> Report:
-    """Every case of the plan until the time is over."""
-    deadline = time.monotonic() + 60 * args.minutes
-    clock, peers = Clock(DEVICE), Peers(DEVICE)
-    copy, matmul = copy_rate(clock), matmul_rate(clock, DTYPES[DEVICE])
-    header = {
-        **facts(DEVICE), "copy_gb_per_s": digits(copy / 1e9),
-        "matmul_tflops": digits(matmul / 1e12), "how": HOW, "absent": peers.absent,
-        "peers": peers.versions, "failed": {}, "not_run": [],
+def label(op: str, shape: Shape) -> str:
+    """A case's name in the header."""
+    return f"{op} {shape.name}"
+
+
+def begin(args: argparse.Namespace, clock: Clock, peers: Peers) -> Report:
+    """The report, its header written before a case can fail; or the one there is, to go on with."""
+    wanted = [c for c in plan(DEVICE) if not args.ops or c[0] in args.ops.split(",")]
+    header: dict[str, Any] = {
+        **facts(DEVICE), "how": HOW, "absent": peers.absent, "peers": peers.versions,
+        "failed": {}, "not_run": [label(*c) for c in wanted],
     }  # fmt: skip
     report = Report(args.out, header)
-    wanted = [c for c in plan(DEVICE) if not args.ops or c[0] in args.ops.split(",")]
-    for number, (op, shape) in enumerate(wanted):
+    if args.resume and report.out.exists():
+        old = json.loads(report.out.read_text())
+        report.rows = old.pop("rows")
+        peers.absent.update(old.pop("absent"))
+        peers.versions.update(old.pop("peers"))
+        header.update(old)
+        ended = header.pop("running", None)
+        if ended is not None:  # the process had no time to say more
+            header["failed"].setdefault(ended, {})["all"] = "the process ended in it"
+            header["not_run"].remove(ended)
+    report.write()
+    if "matmul_tflops" not in header:
+        header["copy_gb_per_s"] = digits(copy_rate(clock) / 1e9)
+        header["matmul_tflops"] = digits(matmul_rate(clock, DTYPES[DEVICE]) / 1e12)
+        report.write()
+    return report
+
+
+def measure_one(
+    report: Report, op: str, shape: Shape, clock: Clock, peers: Peers, deadline: float
+) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a case, and whether one of its providers is known to have lost the device.
+
+    What failed goes to the header; a provider that is there already is left out.
+    """
+    header = report.header
+    failed = dict(header["failed"].get(label(op, shape), {}))
+    measured, known = None, False
+    try:
+        case = build(op, shape, DEVICE, peers)
+        for name in failed:
+            case.providers.pop(name, None)
+        measured = Measurement(case, clock, deadline)
+        measured.warm_up()
+        measured.run()
+    except Exception as e:  # a smaller shape may fit, another operator may work
+        known = isinstance(e, DeviceLostError) and bool(measured and measured.failed)
+        failed["device" if known else "all"] = f"{type(e).__name__}: {e}"[:300]
+    if measured is not None:
+        failed |= measured.failed
+    if failed:
+        header["failed"][label(op, shape)] = failed
+    rates = 1e9 * header["copy_gb_per_s"], 1e12 * header["matmul_tflops"]
+    return measured.rows(*rates) if measured is not None else [], known
+
+
+def measure_all(args: argparse.Namespace) -> tuple[Report, int]:
+    """Every case of the plan until the time is over; the report and the exit code."""
+    deadline = time.monotonic() + min(60 * args.minutes, args.until - time.time())
+    clock, peers = Clock(DEVICE), Peers(DEVICE)
+    report = begin(args, clock, peers)
+    header = report.header
+    for op, shape in [c for c in plan(DEVICE) if label(*c) in header["not_run"]]:
         left = deadline - time.monotonic()
         if left < 5:
-            header["not_run"] = [f"{o} {s.name}" for o, s in wanted[number:]]
             break
-        try:
-            measured = Measurement(
-                build(op, shape, DEVICE, peers), clock, time.monotonic() + left / 2
-            )
-            measured.warm_up()
-            measured.run()
-        except torch.OutOfMemoryError as e:  # the tensors alone; a smaller shape may fit
-            header["failed"][f"{op} {shape.name}"] = {"all": str(e)[:200]}
-            continue
-        rows = measured.rows(copy, matmul)
+        header["running"] = label(op, shape)
+        report.write()
+        rows, known = measure_one(report, op, shape, clock, peers, time.monotonic() + left / 2)
+        del header["running"]
         if DEVICE == "cpu":
             add_resident_growth(rows, op)
         report.rows += rows
-        if measured.failed:
-            header["failed"][f"{op} {shape.name}"] = measured.failed
+        if not known:  # else it is worth another try, without that provider
+            header["not_run"].remove(label(op, shape))
+        lost = device_error(DEVICE)
+        if lost is not None:
+            header["failed"].setdefault(label(op, shape), {})["device"] = lost
         report.write()
         show(rows)
-        del measured
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
+        if known or lost is not None:
+            return report, DEVICE_LOST
     if DEVICE == "cuda":
         header["copy_gb_per_s_after"] = digits(copy_rate(clock) / 1e9)
     report.write()
-    return report
+    return report, 0
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -209,10 +257,12 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="file; default bench/results/<device>/")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop sampling after these")
+    parser.add_argument("--until", type=float, default=math.inf, help="the same, in Unix time")
+    parser.add_argument("--resume", action="store_true", help="run what --out lists as not run")
     parser.add_argument("--ops", help="comma-separated operators; default all of the plan")
     parser.add_argument("--rss", help=argparse.SUPPRESS)  # what a child is asked
     parser.add_argument("--provider", help=argparse.SUPPRESS)
@@ -220,12 +270,13 @@ def main() -> None:
     if args.rss:
         shape = next(s for o, s in plan("cpu") if o == args.rss)
         print(resident_growth(args.rss, shape, args.provider))
-        return
-    report = measure_all(args)
+        return 0
+    report, code = measure_all(args)
     if DEVICE == "cpu":
         ratio, best = check_bar(report.rows)
         print(f"head on a CPU: {ratio:.3f} times the best of the others ({best}); bar {BAR}")
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ PARTS = ("parity", "kernels", "steps")
 VARIANTS = "auto,plain,triton,inductor"
 SHARE = {"parity": 0.4, "kernels": 0.7}  # of the time left, when parts follow
 STEP_ROUNDS, STEPS_A_ROUND = 12, 4
+KERNEL_STARTS = 4  # of the bench: after a kernel that ended its process it goes on in a new one
 ROOMY_BYTES = 80 << 30  # a card on which all models of the steps fit side by side
 
 
@@ -127,13 +129,17 @@ def parity(suite: Suite) -> None:
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "-W", "default", "--tb=short"]
     workers = min(8, (os.cpu_count() or 2) // 2)
     if importlib.util.find_spec("xdist") and suite.facts["gpu"]["memory_bytes"] > ROOMY_BYTES:
-        command += ["-n", str(workers)]
+        command += ["-n", str(workers), "--max-worker-restart=20"]
     began, until = time.monotonic(), suite.until("parity")
     with log.open("w") as f:
         process = suite.start(command, stdout=f, stderr=subprocess.STDOUT)
-        done = watch(process, until, lambda: suite.write("parity", summary(lines)))
+        try:
+            done = watch(process, until, lambda: suite.write("parity", summary(lines)))
+        finally:
+            stop(process)
     found = summary(lines)
     seconds = round(time.monotonic() - began, 1)
+    done = done and process.returncode in (0, 1)  # pytest's codes of a run that came to its end
     found |= {"complete": done, "exit_code": process.returncode, "seconds": seconds}
     found["tail"] = log.read_text(errors="replace")[-3000:]
     suite.write("parity", found)
@@ -144,14 +150,25 @@ def parity(suite: Suite) -> None:
 def kernels(suite: Suite) -> None:
     """The operators; bench_kernels.py keeps its own file up to date."""
     began, until = time.monotonic(), suite.until("kernels")
-    minutes = max(0.2, (until - began - 15) / 60)  # what is under way then has 15 s to end
     out, log = suite.out / "kernels.json", suite.scratch / "kernels.log"
-    command = [str(BENCH / "bench_kernels.py"), "--out", str(out), "--minutes", f"{minutes:.2f}"]
-    with log.open("w") as f:
-        process = suite.start(command, stdout=f, stderr=subprocess.STDOUT)
-        done = watch(process, until, lambda: None)
-    text = log.read_text(errors="replace")
-    found = {"complete": done and process.returncode == 0, "cases_in_file": out.exists()}
+    out.unlink(missing_ok=True)  # of an earlier run
+    end = time.time() + until - began - 15  # what is under way then has 15 s to end
+    command = [str(BENCH / "bench_kernels.py"), "--out", str(out), "--until", f"{end:.1f}"]
+    codes: list[int] = []
+    while len(codes) < KERNEL_STARTS and time.monotonic() < until - 20:
+        with log.open("a") as f:
+            process = suite.start(command, stdout=f, stderr=subprocess.STDOUT)
+            try:
+                done = watch(process, until, lambda: None)
+            finally:
+                stop(process)
+        codes.append(process.returncode)
+        if not done or process.returncode == 0:
+            break
+        command = [*command[:5], "--resume"]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found: dict[str, Any] = {"complete": codes[-1:] == [0], "exit_codes": codes}
+    found["not_run"] = json.loads(out.read_text())["not_run"] if out.exists() else "all"
     if not found["complete"]:
         found["tail"] = text[-2000:]
     print(text)
@@ -162,7 +179,9 @@ class Model:
     """One variant in its own process: its own cap on memory, its own compiler state."""
 
     def __init__(self, suite: Suite, variant: str) -> None:
-        self.variant, self.about, self.seconds = variant, {}, []
+        self.variant, self.over = variant, False
+        self.about: dict[str, Any] = {}
+        self.seconds: list[float] = []
         args = suite.args
         self.log = (suite.scratch / f"{variant.replace('/', '-')}.log").open("w+")
         self.process = suite.start(
@@ -173,37 +192,55 @@ class Model:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
         )  # fmt: skip
         self.lines: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
             with contextlib.suppress(ValueError):  # what a library prints is no answer
-                self.lines.put(json.loads(line))
+                answer = json.loads(line)
+                if isinstance(answer, dict):
+                    self.lines.put(answer)
         self.lines.put({"failed": "the process ended"})
 
     def answer(self, until: float) -> dict[str, Any]:
-        """The next answer; a failure if none comes in time, after which nothing is asked."""
-        if "failed" in self.about:
+        """The next answer; after none in time, or a failure, nothing more is asked.
+
+        One that has samples by then is cut short; one without any has failed.
+        """
+        if self.over:
             return {}
         try:
             found = self.lines.get(timeout=max(0.1, until - time.monotonic()))
         except queue.Empty:
-            found = {"failed": "no answer in the time there was"}
-        if "failed" in found:
+            why = "no answer in the time there was"
+            found = {"cut_short": why} if self.seconds else {"failed": why}
+        if "failed" in found or "cut_short" in found:
+            self.over = True
             stop(self.process)
-            self.log.seek(0)
-            found["tail"] = self.log.read()[-2000:]
+            if "failed" in found:
+                self.log.seek(0)
+                found["tail"] = self.log.read()[-2000:]
         self.about |= {k: v for k, v in found.items() if k != "seconds"}
         self.seconds += found.get("seconds", [])
         return found
 
     def ask(self, steps: int, until: float) -> None:
         """Have it run some steps."""
-        if "failed" not in self.about:
+        if not self.over:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.write(f"{steps}\n")
                 self.process.stdin.flush()
             self.answer(until)
+
+    def close(self) -> None:
+        """End the process; what is known of it stays."""
+        self.over = True
+        stop(self.process)
+        self.reader.join(10)
+        for file in (self.process.stdin, self.process.stdout, self.log):
+            with contextlib.suppress(BrokenPipeError):  # a number that nobody has read
+                file.close()
 
     def row(self) -> dict[str, Any]:
         """What is known of it."""
@@ -221,12 +258,17 @@ class Model:
 
 
 def write_steps(suite: Suite, models: list[Model]) -> None:
-    """All rows so far."""
-    args = suite.args
+    """All rows so far; each says whose it may be compared with: those of its micro-batch."""
+    args, rows = suite.args, [m.row() for m in models]
+    for row in rows:
+        size = row.get("micro_batch")
+        row["comparable_with"] = [
+            r["variant"] for r in rows if r is not row and size and r.get("micro_batch") == size
+        ]
     suite.write("steps", {
         "preset": args.preset, "dtype": "bf16 autocast", "cap_gib": args.cap_gib,
         "asked_micro_batch": args.micro_batch, "card_now": card(),
-        "rows": [m.row() for m in models],
+        "rows": rows,
     })  # fmt: skip
 
 
@@ -247,10 +289,46 @@ def steps_one_by_one(suite: Suite) -> None:
     for i, variant in enumerate(variants):
         until = time.monotonic() + (suite.left() - 5) / (len(variants) - i)
         models.append(Model(suite, variant))
-        models[-1].answer(until)
-        time_in_turn(suite, models[-1:], until)
-        stop(models[-1].process)
+        try:
+            models[-1].answer(until)
+            time_in_turn(suite, models, until)
+        finally:
+            models[-1].close()
         write_steps(suite, models)
+
+
+def start_models(suite: Suite, models: list[Model]) -> None:
+    """Start every variant; they compile while something else runs."""
+    for variant in suite.args.variants.split(","):
+        models.append(Model(suite, variant))  # noqa: PERF401 - one that fails hides no other
+
+
+def wait_for(suite: Suite, models: list[Model]) -> None:
+    """Nothing is timed while they compile."""
+    until = time.monotonic() + 0.5 * suite.left()
+    for model in models:
+        model.answer(until)
+    write_steps(suite, models)
+    suite.note("steps", ready=[m.variant for m in models if not m.over])
+
+
+def steps(suite: Suite, models: list[Model]) -> None:
+    """Time the models that wait, or one after the other those that would not fit together."""
+    if models:
+        time_in_turn(suite, models, time.monotonic() + suite.left() - 5)
+        write_steps(suite, models)
+    else:
+        steps_one_by_one(suite)
+    suite.note("steps", seconds_left=round(suite.left(), 1))
+
+
+def guarded(suite: Suite, part: str, work: Callable[..., None], *args: Any) -> None:
+    """Do the work of one part; its failure is kept in suite.json and the next part runs."""
+    try:
+        work(suite, *args)
+    except Exception as e:
+        traceback.print_exc()
+        suite.note(part, error=f"{type(e).__name__}: {e}"[:1000])
 
 
 def run(suite: Suite) -> None:
@@ -259,27 +337,18 @@ def run(suite: Suite) -> None:
     models: list[Model] = []
     try:
         if "steps" in suite.parts and roomy:
-            models = [Model(suite, v) for v in suite.args.variants.split(",")]
+            guarded(suite, "steps", start_models, models)
         if "parity" in suite.parts:
-            parity(suite)
+            guarded(suite, "parity", parity)
         if models:
-            waiting = time.monotonic() + 0.5 * suite.left()
-            for model in models:  # nothing is timed while they compile
-                model.answer(waiting)
-            write_steps(suite, models)
-            suite.note("steps", ready=[m.variant for m in models if "failed" not in m.about])
+            guarded(suite, "steps", wait_for, models)
         if "kernels" in suite.parts:
-            kernels(suite)
-        if models:
-            time_in_turn(suite, models, time.monotonic() + suite.left() - 5)
-            write_steps(suite, models)
-        elif "steps" in suite.parts:
-            steps_one_by_one(suite)
+            guarded(suite, "kernels", kernels)
         if "steps" in suite.parts:
-            suite.note("steps", seconds_left=round(suite.left(), 1))
+            guarded(suite, "steps", steps, models)
     finally:
         for model in models:
-            stop(model.process)
+            model.close()
 
 
 def main() -> int:
@@ -289,7 +358,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--variants", default=VARIANTS, help="of the steps, see gpu_steps.py")
     parser.add_argument("--preset", default="base/750M_unified_v1")
-    parser.add_argument("--micro-batch", type=int, default=2, help="halved until it fits")
+    parser.add_argument("--micro-batch", type=int, default=1, help="halved until it fits")
     parser.add_argument("--cap-gib", type=float, default=16.0)
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(PARTS)
@@ -300,7 +369,7 @@ def main() -> int:
         return 2
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         suite = Suite(args, Path(scratch))
         suite.note("start", gpu=suite.facts["gpu"]["name"])
         run(suite)

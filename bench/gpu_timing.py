@@ -54,6 +54,21 @@ def card() -> dict[str, str]:
     return dict(zip(CARD_QUERY.split(",")[1:], values[1:], strict=False))
 
 
+def device_error(device: str) -> str | None:
+    """Why nothing more can run on the device in this process; None if it can, its cache freed.
+
+    An error inside a kernel ends the context: from then on every call fails with it.
+    """
+    if device == "cpu":
+        return None
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as e:
+        return f"{type(e).__name__}: {e}"[:300]
+    return None
+
+
 class Clock:
     """Takes samples on one device.
 

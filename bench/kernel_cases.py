@@ -54,8 +54,9 @@ class Case:
     """One operator at one shape.
 
     `writes_over` names providers that write into their inputs: those are restored, untimed,
-    before each of their samples. `bytes_moved` counts what any implementation must read and write
-    once; `flops` the matmuls of forward and backward without recomputation.
+    before each of their samples. `grad_into` names those that add the gradient of an input, given
+    by its number, to a buffer instead of returning it. `bytes_moved` counts what any implementation
+    must read and write once; `flops` the matmuls of forward and backward without recomputation.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Case:
     flops: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     writes_over: frozenset[str] = frozenset()
+    grad_into: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
 
 
 def draw(device: str, dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -308,6 +310,7 @@ def head_case(shape: Shape, dtype: torch.dtype, device: str, peers: Peers) -> Ca
     else:
         buffer = torch.zeros(V, d, device=device)
         case.providers["ours into grad"] = functools.partial(ours, impl="triton", grad_into=buffer)
+        case.grad_into["ours into grad"] = (1, buffer)
         case.notes["ours into grad"] = "dW added in fp32 to a buffer that is there already"
     _add_native(case, targets, peers)
     _add_head_peers(case, targets, peers)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from gpu_timing import Clock, median, peak_extra_bytes, quantile
+from gpu_timing import Clock, device_error, median, peak_extra_bytes, quantile
 from kernel_cases import Case
 from torch import Tensor
 
@@ -15,6 +15,11 @@ from mypt_fast.kernels.chunked_head import ALIGNMENT, chunk_rows
 ROUNDS = {"cuda": 50, "cpu": 9}
 SLOW_S = 10.0  # on a CPU, a provider that took this long is sampled no more
 WRONG = 0.1  # relative error from which a provider is not timed
+NO_TIME = "not run: the time was over"
+
+
+class DeviceLostError(Exception):
+    """Nothing more can run on the device in this process."""
 
 
 class Measurement:
@@ -57,18 +62,33 @@ class Measurement:
                     t.copy_(kept)
 
     def warm_up(self) -> None:
-        """Run everything twice; leave out what fails or is wrong; measure memory."""
-        truth = self._truth()
+        """Run everything twice; leave out what fails, is wrong or comes late; measure memory.
+
+        Raises:
+            DeviceLostError: after a failure that took the device with it; `failed` ends with whose.
+        """
+        truth = self._truth() if time.monotonic() <= self.deadline else None
         for name in list(self.case.providers):
+            if time.monotonic() > self.deadline:
+                self._leave_out(name, NO_TIME)
+                continue
+            why = None
             try:
                 self._try(name, truth)
             except Exception as e:  # a peer's failure is a result, not the end of the run
-                self._leave_out(name, f"{type(e).__name__}: {e}"[:300])
+                why = f"{type(e).__name__}: {e}"[:300]
+            if why is not None:  # outside the handler: the tensors of what failed are free now
+                self._leave_out(name, why)
         self._keep_best_native()
 
     def _try(self, name: str, truth: list[Tensor] | None) -> None:
+        number, buffer = self.case.grad_into.get(name, (None, None))
+        if buffer is not None:
+            buffer.zero_()
         began = time.perf_counter()
         found = self.both(name)
+        if buffer is not None:
+            found[len(self.case.upstream) + number] = buffer
         self.about[name] = {"error": _error(found, truth), "first_s": time.perf_counter() - began}
         del found
         error = self.about[name]["error"]
@@ -89,6 +109,8 @@ class Measurement:
 
     def _truth(self) -> list[Tensor] | None:
         """Plain PyTorch in fp32, or None where that does not fit."""
+        if "eager" not in self.case.providers:
+            return None
         wide = [t.detach().float().requires_grad_() for t in self.case.inputs]
         upstream = [t.float() for t in self.case.upstream]
         try:
@@ -102,8 +124,9 @@ class Measurement:
         self.failed[name] = why
         self.case.providers.pop(name)
         self.samples.pop(name, None)
-        if self.clock.device == "cuda":
-            torch.cuda.empty_cache()  # of one that ran out of memory
+        lost = device_error(self.clock.device)
+        if lost is not None:
+            raise DeviceLostError(lost)
         self.restore(name)
 
     def _keep_best_native(self) -> None:

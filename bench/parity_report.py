@@ -1,5 +1,6 @@
 """A pytest plugin: one line of JSON per finished test, so that a killed run leaves what it did."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -30,9 +31,18 @@ def pytest_collectreport(report: Any) -> None:
         _append({"test": report.nodeid, "outcome": "failed", "seconds": 0.0, "why": why})
 
 
+def _read(lines: Path) -> list[dict[str, Any]]:
+    """What was reported, without a line that is only half written yet."""
+    found = []
+    for line in lines.read_text(errors="replace").splitlines() if lines.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [t for t in found if isinstance(t, dict) and {"test", "outcome", "seconds"} <= t.keys()]
+
+
 def summary(lines: Path) -> dict[str, Any]:
-    """Counts, every failure with its text, skips by reason, the slowest tests."""
-    found = [json.loads(x) for x in lines.read_text().splitlines()] if lines.exists() else []
+    """Counts, failures with their text, tests that lost the device, skips, the slowest."""
+    found = _read(lines)
     skips: dict[str, int] = {}
     for t in found:
         if t["outcome"] == "skipped":
@@ -43,6 +53,7 @@ def summary(lines: Path) -> dict[str, Any]:
         "failed": sum(t["outcome"] == "failed" for t in found),
         "skipped": sum(skips.values()),
         "failures": [t for t in found if t["outcome"] == "failed"],
+        "device_lost": [t for t in found if t["outcome"] == "device lost"],
         "skips": skips,
         "slowest": [{"test": t["test"], "seconds": round(t["seconds"], 2)} for t in slowest],
     }

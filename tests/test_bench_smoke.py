@@ -1,19 +1,23 @@
 """The benchmarks' own parts, at sizes that take no time: nothing here is timed for its own sake."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from mypt_fast import presets
+from mypt_fast import kernels, presets
 from mypt_fast.model import GPT
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +29,7 @@ def bench(monkeypatch) -> SimpleNamespace:
     """The modules of bench/, with nothing compiled and two rounds."""
     monkeypatch.syspath_prepend(str(BENCH))
     names = (
-        "bench_kernels", "gpu_steps", "gpu_timing", "kernel_cases", "kernel_measure",
+        "bench_kernels", "gpu_steps", "gpu_suite", "gpu_timing", "kernel_cases", "kernel_measure",
         "parity_report", "peers",
     )  # fmt: skip
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -78,6 +82,25 @@ def test_a_deadline_ends_the_sampling(bench) -> None:
     run.warm_up()
     run.run()
     assert run.rows() == []
+    assert set(run.failed.values()) == {bench.kernel_measure.NO_TIME}  # nor was it warmed up
+
+
+def test_a_gradient_that_goes_to_a_buffer_is_checked_too(bench) -> None:
+    run = measured(bench, "linear_cross_entropy")
+    case, targets = run.case, bench.kernel_cases.targets_for(run.case.shape, "cpu")
+    case.grad_into = {name: (1, torch.full((300, 64), 5.0)) for name in ("right", "wrong")}
+
+    def into(x, w, name):
+        buffer = case.grad_into[name][1]
+        loss = kernels.linear_cross_entropy(x, w, None, targets, grad_into=buffer)
+        buffer.mul_(2.0 if name == "wrong" else 1.0)
+        return loss
+
+    case.providers |= {n: functools.partial(into, name=n) for n in case.grad_into}
+    run.warm_up()
+    assert run.about["right"]["error"] < 1e-5
+    assert set(run.failed) == {"wrong"}
+    assert "relative error" in run.failed["wrong"]
 
 
 def test_what_is_wrong_or_fails_is_named_and_not_timed(bench) -> None:
@@ -126,15 +149,78 @@ def test_logits_of_the_cpu_head_are_within_the_bar(bench) -> None:
     assert bench.kernel_measure.logits_bytes(case, "eager") == 4 * 1024 * 50_304
 
 
-def test_a_report_is_whole_after_every_write(bench, tmp_path) -> None:
-    report = bench.bench_kernels.Report(tmp_path / "kernels.json", {"absent": {"liger": "no"}})
-    report.write()
-    assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == []
-    report.rows = [{"a": 1}, {"a": 2}]
-    report.write()
-    found = json.loads((tmp_path / "kernels.json").read_text())
-    assert found == {"absent": {"liger": "no"}, "rows": [{"a": 1}, {"a": 2}]}
-    assert [p.name for p in tmp_path.iterdir()] == ["kernels.json"]
+@pytest.fixture
+def kernel_bench(bench, tmp_path, monkeypatch):
+    """bench_kernels.py over two small operators; `spoil` is called with each case."""
+    module, shape = bench.bench_kernels, bench.kernel_cases.Shape("s", 32, 64, 96, 300, 4, 16)
+    spoil = Mock()
+
+    def build(op, shape, device, peers):
+        case = bench.kernel_cases.BUILDERS[op](shape, torch.float32, device, peers)
+        spoil(case)
+        return case
+
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "plan", lambda d: [(o, shape) for o in ("rms_norm", "swiglu")])
+    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(module, "copy_rate", lambda clock: 1e9)
+    monkeypatch.setattr(module, "matmul_rate", lambda clock, dtype: 1e12)
+    monkeypatch.setattr(module, "add_resident_growth", lambda rows, op: None)
+    out = tmp_path / "kernels.json"
+
+    def start(resume=False, minutes=1.0, until=math.inf):
+        args = SimpleNamespace(out=out, minutes=minutes, until=until, ops=None, resume=resume)
+        code = module.measure_all(args)[1]
+        return code, json.loads(out.read_text())
+
+    return SimpleNamespace(start=start, spoil=spoil, out=out)
+
+
+def test_a_failing_case_is_recorded_and_the_next_one_runs(kernel_bench) -> None:
+    kernel_bench.spoil.side_effect = [RuntimeError("no such thing"), None]
+    code, found = kernel_bench.start()
+    assert found["failed"] == {"rms_norm s": {"all": "RuntimeError: no such thing"}}
+    assert {r["op"] for r in found["rows"]} == {"swiglu"}
+    assert (code, found["not_run"], "running" in found) == (0, [], False)
+    assert [p.name for p in kernel_bench.out.parent.iterdir()] == ["kernels.json"]
+
+
+def test_what_a_bench_left_is_listed_and_run_by_the_next(kernel_bench) -> None:
+    for found in (kernel_bench.start(minutes=0.0)[1], kernel_bench.start(until=0.0)[1]):
+        assert (found["copy_gb_per_s"], found["rows"]) == (1.0, [])
+        assert found["not_run"] == ["rms_norm s", "swiglu s"]
+    kernel_bench.out.write_text(json.dumps({**found, "running": "rms_norm s"}))  # it died there
+    found = kernel_bench.start(resume=True)[1]
+    assert found["failed"] == {"rms_norm s": {"all": "the process ended in it"}}
+    assert ({r["op"] for r in found["rows"]}, found["not_run"]) == ({"swiglu"}, [])
+
+
+def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(
+    bench, kernel_bench, monkeypatch
+) -> None:
+    lost = []
+
+    def fatal(x, w):
+        lost.append("AcceleratorError: illegal memory access")
+        raise RuntimeError("illegal memory access")
+
+    def spoil(case) -> None:
+        if case.op == "rms_norm":
+            case.providers = {"fatal": fatal, **case.providers}
+
+    kernel_bench.spoil.side_effect = spoil
+    for module in (bench.bench_kernels, bench.kernel_measure):
+        monkeypatch.setattr(module, "device_error", lambda device: lost[0] if lost else None)
+    code, found = kernel_bench.start()
+    assert code == bench.bench_kernels.DEVICE_LOST
+    assert found["not_run"] == ["rms_norm s", "swiglu s"]
+    assert found["failed"]["rms_norm s"]["device"] == lost[0]
+    lost.clear()
+    code, found = kernel_bench.start(resume=True)
+    assert (code, found["not_run"], lost) == (0, [], [])
+    assert found["failed"]["rms_norm s"]["fatal"] == "RuntimeError: illegal memory access"
+    ours = [r["op"] for r in found["rows"] if (r["provider"], r["mode"]) == ("ours", "both")]
+    assert ours == ["rms_norm", "swiglu"]
 
 
 def test_quantiles(bench) -> None:
@@ -197,6 +283,7 @@ def test_a_killed_parity_run_leaves_a_summary(bench, tmp_path, monkeypatch) -> N
         skipped = outcome == "skipped"
         more = {"when": when, "outcome": outcome, "longrepr": why, "skipped": skipped}
         report(SimpleNamespace(**{**base, **more}))
+    lines.write_text(lines.read_text() + '3\n{"test": "half of a li')
     found = bench.parity_report.summary(lines)
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
     assert found["failures"][0]["why"] == "boom"
@@ -208,11 +295,89 @@ def test_without_a_gpu_the_suite_says_so_in_one_line(tmp_path) -> None:
         pytest.skip("there is a GPU")
     command = [sys.executable, str(BENCH / "gpu_suite.py"), "--out", str(tmp_path / "out")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stdout == ""
-    assert ended.stderr.count("\n") == 1
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert "no GPU" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def suite(bench, tmp_path, monkeypatch):
+    """A suite on a card that is not there."""
+    card = {"gpu": {"name": "fake", "memory_bytes": 0}}
+    monkeypatch.setattr(bench.gpu_suite, "facts", lambda device: card)
+    args = SimpleNamespace(
+        out=tmp_path, minutes=2, only="parity,kernels,steps", variants="a,b", preset="tiny",
+        micro_batch=1, cap_gib=1.0,
+    )  # fmt: skip
+    return bench.gpu_suite.Suite(args, tmp_path / "scratch")
+
+
+def test_a_part_that_fails_spares_the_others(bench, suite, monkeypatch) -> None:
+    broken = Mock(side_effect=OSError("no disk"))
+    monkeypatch.setattr(bench.gpu_suite, "parity", broken)
+    monkeypatch.setattr(bench.gpu_suite, "kernels", lambda s: s.note("kernels", complete=True))
+    monkeypatch.setattr(bench.gpu_suite, "steps_one_by_one", broken)
+    bench.gpu_suite.run(suite)
+    error = {"error": "OSError: no disk"}
+    found = json.loads((suite.out / "suite.json").read_text())["parts"]
+    assert found == {"parity": error, "kernels": {"complete": True}, "steps": error}
+
+
+def test_the_kernel_bench_is_started_again_after_a_lost_device(
+    bench, suite, tmp_path, monkeypatch
+) -> None:
+    script = """import sys
+resume = "--resume" in sys.argv
+open(sys.argv[2], "w").write('{"not_run": %s}' % ("[]" if resume else '["a"]'))
+sys.exit(0 if resume else 9)"""
+    (tmp_path / "bench_kernels.py").write_text(script)
+    monkeypatch.setattr(bench.gpu_suite, "BENCH", tmp_path)
+    bench.gpu_suite.kernels(suite)
+    found = suite.record["parts"]["kernels"]
+    assert (found["exit_codes"], found["complete"], found["not_run"]) == ([9, 0], True, [])
+
+
+def test_a_model_cut_short_keeps_its_samples(bench, suite, tmp_path, monkeypatch) -> None:
+    script = """import sys, time
+print("3"); print("[]"); print("noise")
+print('{"tokens_per_step": 8, "micro_batch": %d}' % len(sys.argv[2]), flush=True)
+input(); print('{"seconds": [2.0, 2.0]}', flush=True)
+time.sleep(600)"""
+    (tmp_path / "gpu_steps.py").write_text(script)
+    monkeypatch.setattr(bench.gpu_suite, "BENCH", tmp_path)
+    models = [bench.gpu_suite.Model(suite, variant) for variant in ("a", "b", "cc")]
+    soon = time.monotonic() + 60
+    for model in models:
+        model.answer(soon)
+    models[0].ask(2, soon)
+    for model in models[:2]:
+        model.answer(0.0)
+    for model in models:
+        model.close()
+    bench.gpu_suite.write_steps(suite, models)
+    a, b, c = json.loads((suite.out / "steps.json").read_text())["rows"]
+    assert (a["samples"], a["tokens_per_s"], "failed" in a) == ([2.0, 2.0], 4.0, False)
+    assert a["cut_short"] == b["failed"] == "no answer in the time there was"
+    assert (a["comparable_with"], c["comparable_with"]) == (["b"], [])
+
+
+def test_a_lost_device_ends_the_worker_of_its_test(tmp_path, monkeypatch) -> None:
+    from tests.gpu import conftest
+
+    fail = Mock(side_effect=RuntimeError("illegal memory access"))
+    ended, lines = [], tmp_path / "lines"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setenv("MYPT_PARITY_LINES", str(lines))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.exit.Exception, match="lost in a_test: RuntimeError: illegal"):
+        conftest.settle("a_test")
+    assert (ended, json.loads(lines.read_text())["test"]) == ([], "a_test")
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(pytest.exit.Exception):  # the real _exit does not come back
+        conftest.settle("a_test")
+    assert ended == [1]
 
 
 def test_every_kernel_test_has_a_twin_on_the_gpu() -> None:

@@ -141,9 +141,9 @@ def _path(
     if impl == "auto" and save == "all" and alike_on_cpu(x, *others.values()):
         w_down = others["w_down"]
         given = all(others.get(k, x) is not None for k in ("w_gate", "w_up"))
-        if x.dim() and x.shape[-1] and given and w_down is not None and w_down.dim() == 2:
-            if w_down.shape[1]:
-                return "inductor", save
+        wide = x.dim() and x.shape[-1] and w_down is not None and w_down.dim() == 2
+        if given and wide and w_down.shape[1]:  # type: ignore[union-attr]
+            return "inductor", save
     dtype = autocast_dtype(x)  # what the kernels will see, which decides
     path = choose(name, impl, x, dtype=dtype, saves_memory=save != "all")
     if save not in ("all", "gate_up", "input"):

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from mypt_fast.cli.cmd_tune import shipped_shapes
 from mypt_fast.errors import DeviceError
-from mypt_fast.kernels.jit import aot, launch
+from mypt_fast.kernels.jit import aot, launch, lowering
 from mypt_fast.kernels.jit.launch import Case
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_a_kernel_that_spills_is_reported() -> None:
 def test_shared_memory_and_bf16_are_held_against_the_architecture() -> None:
     case = replace(HUGE, signature={**HUGE.signature, "x_ptr": "*bf16"})
     jobs = [aot.Job(case, arch, "bf16") for arch in (75, 80)]
-    found = [aot.Usage("spilling", arch, 255, 0, 0, 70_000) for arch in (75, 80)]
+    found = [lowering.Usage("spilling", arch, 255, 0, 0, 70_000) for arch in (75, 80)]
     lines = aot.offences(jobs, found)
     assert len(lines) == 2
     assert lines[0].endswith("70000 bytes of shared memory, at most 65536")
@@ -88,30 +88,26 @@ def test_shared_stages_give_what_triton_gives() -> None:
     shape = {**SHAPE, "n_embd": 192, "vocab_size": 256}
     cases = list(launch.all_cases(shape, torch.float16, 80))[::7]
     jobs = [aot.Job(case, arch) for case in cases for arch in (75, 89, 100)]
-    assert aot.compile_all(jobs) == [aot.compile_case(job.case, job.arch) for job in jobs]
+    assert aot.compile_all(jobs) == [lowering.compile_case(job.case, job.arch) for job in jobs]
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])
 def test_16_bit_kernels_load_16_bytes_a_lane(arch) -> None:
     cases = {case.name: case for case in launch.all_cases(SHAPE, torch.float16, arch)}
     for name in MAIN:
-        ptx = aot.compiled(cases[name], arch).asm["ptx"]
+        ptx = lowering.compiled(cases[name], arch).asm["ptx"]
         wide = r"ld\.global[.\w:]*\.(v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu](16|32)|b128)"
         assert re.search(wide, ptx), f"{name} on sm_{arch} has no load of 16 bytes a lane"
 
 
 def test_the_interpreter_and_a_missing_tool_are_named(monkeypatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(DeviceError, match="found TRITON_INTERPRET=1"):
         aot.compile_all([aot.Job(HUGE, 80)])
     with pytest.raises(DeviceError, match="found TRITON_INTERPRET=1"):
-        aot.compile_case(HUGE, 80)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-
-    def missing() -> str:
-        raise RuntimeError("Cannot find cuobjdump")
-
-    monkeypatch.setattr(type(triton.knobs.nvidia), "cuobjdump", property(lambda _: missing()))
+        lowering.compile_case(HUGE, 80)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(triton.knobs.NvidiaTool, "from_path", staticmethod(lambda path: None))
     with pytest.raises(DeviceError, match="needs cuobjdump"):
         aot.compile_all([aot.Job(HUGE, 80)])
 

@@ -4,6 +4,8 @@ Every test here is marked `gpu`. Those of tests/kernels that ask for no `way` sh
 GPU and are not run again; those that need the CPU skip themselves and say why.
 """
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.kernels.conftest import Way
 
 HERE = Path(__file__).parent
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEVICE_LOST = 9  # exit code of a run whose device can do nothing more
 
 
 @pytest.fixture
@@ -28,12 +31,30 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.fixture(autouse=True)
-def default_device_state():
+def default_device_state(request: pytest.FixtureRequest):
     """No test leaves the debug mode of another, or an error of the device, behind."""
     yield
     if torch.cuda.is_available():
+        settle(request.node.nodeid)
+
+
+def settle(test: str) -> None:
+    """Wait for the device; end this process if it is lost, as every later test would fail too."""
+    try:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+    except RuntimeError as e:
+        why = f"{type(e).__name__}: {e}"
+    else:
+        return
+    path = os.environ.get("MYPT_PARITY_LINES")
+    if path:  # what pytest captured of this process's stderr dies with it
+        line = {"test": test, "outcome": "device lost", "seconds": 0.0, "why": why[:1000]}
+        with Path(path).open("a") as f:
+            f.write(json.dumps(line) + "\n")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)  # xdist names the test and starts another worker
+    pytest.exit(f"the device was lost in {test}: {why}", returncode=DEVICE_LOST)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

@@ -171,7 +171,23 @@ def test_a_buffer_for_the_weight_gradient_needs_no_sync(scale, reduction, way) -
     torch.cuda.set_sync_debug_mode("error")
     grad = work()
     torch.cuda.set_sync_debug_mode("default")
-    assert grad.isfinite().all()
+    leaves = [t.detach().float().requires_grad_() for t in (x, w)]
+    logits = leaves[0] @ leaves[1].T
+    loss = scale * torch.nn.functional.cross_entropy(logits, targets, reduction=reduction)
+    dx, dw = torch.autograd.grad(loss, leaves)
+    assert (grad - dx).norm() <= 2e-2 * dx.norm()
+    assert (buffer - 2 * dw).norm() <= 2e-2 * (2 * dw).norm()  # of both calls
+
+
+def test_a_grad_scale_on_another_device_is_refused(way) -> None:
+    x, w = (torch.randn(n, 16, device=way.device, requires_grad=True) for n in (8, 20))
+    targets = torch.zeros(8, dtype=torch.long, device=way.device)
+    buffer = torch.zeros(20, 16, device=way.device)
+    with pytest.raises(ValueError, match=r"expected grad_scale on cuda.*; found cpu"):
+        kernels.linear_cross_entropy(
+            x, w, None, targets, impl=way.impl, grad_into=buffer, grad_scale=torch.ones(())
+        )
+    assert not buffer.any()
 
 
 def test_bf16_before_ampere_is_an_error_when_forced(way, monkeypatch) -> None:

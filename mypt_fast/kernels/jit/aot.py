@@ -126,7 +126,7 @@ def compile_all(jobs: Sequence[Job], workers: int = 2) -> list[Usage]:
     for key, case in cases.items():
         name = key[0]
         plain = replace(case, function=name)  # a kernel does not travel between processes
-        types = frozenset(case.signature.values())
+        types = frozenset(t for t in case.signature.values() if t.startswith(("*fp", "*bf")))
         groups[name, types].append((key, plain, sorted(wanted[key])))
     found: dict[Any, Usage] = {}
     for results in _farm(sorted(groups.values(), key=_weight, reverse=True), workers):

@@ -9,6 +9,7 @@ through all stages for all of them, and those that came out equal share that sta
 import hashlib
 import importlib
 import re
+import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass, replace
@@ -82,7 +83,7 @@ def _sharing(group: list[Any], folder: str) -> dict[Any, Usage]:
     """As `compile_group`; what is shared says the head of this file."""
     cases = (case for _, case, _ in group)
     richest = max(cases, key=lambda case: sum(map(bool, case.constants.values())))
-    alike = _alike(richest, sorted({arch for _, _, archs in group for arch in archs}), folder)
+    alike = _alike(richest, sorted({arch for _, _, archs in group for arch in archs}))
     found: dict[Any, Usage] = {}
     for key, case, archs in group:
         made: dict[Any, Any] = {}  # by the digests up to a stage
@@ -101,28 +102,23 @@ def _sharing(group: list[Any], folder: str) -> dict[Any, Usage]:
     return found
 
 
-def _alike(case: Case, archs: list[int], folder: str) -> dict[int, tuple[Any, ...]]:
-    """By architecture: the LLVM IR, PTX and machine code of a case, each as a digest, and the
-    head of the PTX, which names the architecture.
-    """
+def _alike(case: Case, archs: list[int]) -> dict[int, tuple[Any, ...]]:
+    """By architecture: digests of a case's LLVM IR, PTX and machine code, and the PTX's head."""
     found = {}
     for arch in archs:
         lowering = _Lowering(case, arch)
         text, metadata = lowering.llvm()
         ptx = lowering.ptx(text, metadata)
         cubin = lowering.cubin(ptx, metadata)
-        parts = (f"{metadata}\n{text}", _body(ptx), _instructions(cubin, folder))
-        found[arch] = (*map(_digest, parts), ptx.removesuffix(_body(ptx)))
+        parts = (f"{metadata}\n{text}".encode(), _body(ptx).encode(), _instructions(cubin))
+        digests = (hashlib.sha256(part).hexdigest() for part in parts)
+        found[arch] = (*digests, ptx.removesuffix(_body(ptx)))
     return found
 
 
 def _body(ptx: str) -> str:
     """PTX without its head: the version, the target and the size of addresses."""
     return ptx[re.search(r"^\.address_size.*$", ptx, re.MULTILINE).end() :]  # type: ignore[union-attr]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Lowering:
@@ -191,9 +187,19 @@ def _read(cubin: bytes, usage: Usage, folder: str) -> Usage:
     return replace(usage, registers=registers, stack_bytes=stack, local_bytes=local)
 
 
-def _instructions(cubin: bytes, folder: str) -> str:
-    """Machine code as hexadecimal words, without the name of what it is for."""
-    return " ".join(re.findall(r"/\* (0x[0-9a-f]{16}) \*/", _ask(cubin, "-sass", folder)))
+def _instructions(cubin: bytes) -> bytes:
+    """Machine code without the rest of its ELF file, which names what it is for."""
+    (table,), (count, names) = (
+        struct.unpack_from("<Q", cubin, 40),
+        struct.unpack_from("<2H", cubin, 60),
+    )
+    sections = [struct.unpack_from("<2I4Q", cubin, table + 64 * i) for i in range(count)]
+    code = b""
+    for name, _, _, _, start, size in sections:
+        text = sections[names][4] + name
+        if cubin[text:].startswith(b".text."):
+            code += cubin[start : start + size]
+    return code
 
 
 def _ask(cubin: bytes, question: str, folder: str) -> str:
@@ -204,7 +210,7 @@ def _ask(cubin: bytes, question: str, folder: str) -> str:
 
 
 def cuobjdump() -> str:
-    """The tool that ships with Triton."""
+    """The tool that ships with Triton and reads machine code; raises DeviceError without it."""
     from triton import knobs
 
     try:
@@ -218,6 +224,7 @@ def cuobjdump() -> str:
 
 
 def refuse_interpreter() -> None:
+    """Raise DeviceError where kernels were imported for the interpreter."""
     from triton import knobs
 
     if knobs.runtime.interpret:
