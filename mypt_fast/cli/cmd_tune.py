@@ -99,6 +99,9 @@ def _needs_triton() -> None:
         raise DeviceError("tune compiles Triton kernels", "Triton is not installed", "install it")
 
 
+FLAGSHIP_WIDTH = 1280  # at which kernels are compiled that no shipped model's training launches
+
+
 def shape_of(cfg: ModelConfig) -> dict[str, int]:
     """What the kernels of a model are shaped by."""
     swiglu = cfg.mlp_type == "swiglu"
@@ -108,6 +111,9 @@ def shape_of(cfg: ModelConfig) -> dict[str, int]:
         "n_head": cfg.n_head,
         "head_size": cfg.n_embd // cfg.n_head,
         "vocab_size": cfg.vocab_size,
+        "rms_norm": cfg.norm_type == "rmsnorm",
+        "layer_norm": cfg.norm_type == "layernorm",
+        "everything": cfg.n_embd == FLAGSHIP_WIDTH,
     }
 
 

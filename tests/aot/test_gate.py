@@ -43,7 +43,7 @@ def test_no_kernel_of_a_preset_spills_on_any_architecture() -> None:
     assert not seen.failures, f"{len(seen.failures)} offences:\n" + "\n".join(seen.failures)
     assert {usage.arch for usage in seen.usages} == set(launch.ARCHS)
     assert {u.dtype for u in seen.usages if u.arch == 75} == {"fp16", "fp32"}
-    assert len(seen.usages) > 4000
+    assert len(seen.usages) > 3000
 
 
 @triton.jit

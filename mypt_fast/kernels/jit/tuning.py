@@ -261,7 +261,11 @@ def choose(
         bad = {o for o, j, u in zip(owners, jobs, usages, strict=True) if aot.offences([j], [u])}
         for place in bad:
             refused[place].add(_plain(chosen[place]))
-        open_ = [p for p in open_ if p in bad and len(refused[p]) < len(ranked[p])]
+        open_ = [place for place in open_ if place in bad]
+        for place in [p for p in open_ if len(refused[p]) == len(ranked[p])]:
+            refused[place].clear()
+            chosen[place] = _pick(place, ranked, refused, chosen, archs)
+            open_.remove(place)
     return {arch: [chosen[slot, arch] for slot in wanted] for arch in sorted(archs)}
 
 
@@ -295,8 +299,6 @@ def _pick(
     slot, arch = place
     programs = PROGRAMS[_known(arch)] if KERNELS[slot.kernel].programs else 0
     left = {row: m for row, m in ranked[place].items() if row not in refused[place]}
-    if not left:  # all spill: the first by merit, which spills least
-        left = ranked[place]
     best = max(left, key=lambda row: left[row])
     for other in archs[: archs.index(arch)]:
         row = _plain(chosen[slot, other])
