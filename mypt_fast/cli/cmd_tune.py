@@ -113,6 +113,7 @@ def shape_of(cfg: ModelConfig) -> dict[str, int]:
         "vocab_size": cfg.vocab_size,
         "rms_norm": cfg.norm_type == "rmsnorm",
         "layer_norm": cfg.norm_type == "layernorm",
+        "rope": cfg.pos_encoding == "rope",
         "everything": cfg.n_embd == FLAGSHIP_WIDTH,
     }
 

@@ -54,7 +54,8 @@ def test_the_shapes_of_the_presets_are_those_of_their_models():
     shapes = shipped_shapes()
     assert len({tuple(shape.values()) for shape in shapes}) == len(shapes)
     assert {
-        "n_embd": 1280, "hidden": 3456, "n_head": 20, "head_size": 64, "vocab_size": 50304
+        "n_embd": 1280, "hidden": 3456, "n_head": 20, "head_size": 64, "vocab_size": 50304,
+        "rms_norm": True, "layer_norm": False, "rope": True, "everything": True,
     } in shapes  # fmt: skip
 
 

@@ -214,6 +214,8 @@ def cases(shape: dict[str, int], dtype: torch.dtype, arch: int) -> Iterator[Case
         ("backward", {"LOSS": False, "GRAD": True, "HAS_SCALE": True}, Rule()),
     )  # fmt: skip
     for name, flags, rule in uses:
+        if name in ("head_all", "backward") and not shape.get("everything", True):
+            continue  # options that no shipped model sets
         constants, warps, stages = _constants(shape["vocab_size"], dtype, arch, rule, **flags)
         yield Case(
             f"cross_entropy_{name}", _cross_entropy_rows, signature, constants, warps, stages,
