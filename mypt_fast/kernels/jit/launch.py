@@ -282,8 +282,8 @@ def all_cases(shape: dict[str, int], dtype: torch.dtype, arch: int) -> Iterator[
 
     Args:
         shape: n_embd, hidden (feed-forward width), n_head, head_size, vocab_size; perhaps whether
-            it has `rms_norm`, `layer_norm` and `rope`, and whether `everything` that the operators offer is
-            wanted, not only what its training and inference launch.
+            it has `rms_norm`, `layer_norm` and `rope`, and whether `everything` that the operators
+            offer is wanted, not only what its training and inference launch.
         dtype: of the activations.
         arch: as in `ARCHS`.
     """
