@@ -33,8 +33,6 @@ def private(tmp_path, monkeypatch) -> None:
     """Neither the user's launch tables nor what Triton compiled before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    # as the gate compiles: with line tables ptxas may settle on another count of registers
-    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     launch.forget()
     yield
     launch.forget()

@@ -199,7 +199,6 @@ def _serve(pipe: Any, home: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends this one
     os.makedirs(home)
     os.environ["TRITON_CACHE_DIR"] = home
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same code, and less to carry
     tempfile.tempdir = home
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Triton prints the PTX of what fails)
     gc.disable()  # a tenth of the time, for garbage that a collection between groups finds
