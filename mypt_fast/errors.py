@@ -37,3 +37,23 @@ class IntegrityError(MyptError):
     """Bytes that are not what their header, manifest or hash says."""
 
     exit_code = 3
+
+
+class FormatError(IntegrityError):
+    """A file whose header, index or layout is not what its format says."""
+
+
+class TruncatedShardError(IntegrityError):
+    """A file that ends before, or goes on after, where it says it ends."""
+
+
+class ChecksumError(IntegrityError):
+    """Bytes that differ from the hash that was recorded for them."""
+
+
+class DataChangedError(IntegrityError):
+    """A file that changed while it was being read."""
+
+
+class TokenRangeError(DataError):
+    """A token id that the model has no embedding for."""
