@@ -20,8 +20,8 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 # No -march=native: a wheel must run anywhere, so instruction sets are chosen at run time.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-pthread"]
 
 BUILD_NINJA = """\
 rule cxx
