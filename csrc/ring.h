@@ -61,7 +61,7 @@ class Ring {
   void release(std::size_t count);
 
   std::uint64_t batches_taken() const noexcept { return taken_.load(std::memory_order_relaxed); }
-  std::uint64_t times_waited() const noexcept { return waits_; }
+  std::uint64_t times_waited() const noexcept { return waits_.load(std::memory_order_relaxed); }
 
   // Whether this is another process than the one that made the ring: its worker is not here, and
   // it must not be destroyed.
@@ -86,7 +86,7 @@ class Ring {
   alignas(64) std::atomic<std::uint64_t> taken_{0};
   std::atomic<std::uint64_t> released_{0};
   std::atomic<bool> worker_sleeps_{false}, consumer_sleeps_{false}, stop_{false}, failed_{false};
-  std::uint64_t waits_ = 0;
+  std::atomic<std::uint64_t> waits_{0};
   std::uint64_t advised_ = 0;  // batches that the disk was asked for
 
   std::mutex mutex_;
