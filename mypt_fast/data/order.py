@@ -1,21 +1,33 @@
 """Which window is sample i: a counter-based permutation per epoch, so a position is one integer.
 
-This is the NumPy twin of `csrc/permutation.cpp` and `csrc/order.cpp` and their specification: same
-numbers, bit for bit, fixed by golden vectors in the tests. Nothing here is ever stored but (seed,
-global sample).
+The NumPy twin of `csrc/order.cpp` and its specification: same numbers, bit for bit, fixed by golden
+vectors in the tests. Nothing here is ever stored but (seed, global sample).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-ALGORITHM = "feistel6/v1"
+from mypt_fast.data.permutation import (
+    ALGORITHM,
+    BLOCK_KEY,
+    EPOCH_STRIDE,
+    MASK,
+    MAX_WINDOWS,
+    PHASE_KEY,
+    REPLACEMENT_KEY,
+    Int64,
+    Permutation,
+    UInt64,
+    base_key,
+    derived_key,
+    derived_keys,
+    mix_array,
+)
+
 ORDERS = ("epoch", "sequential", "replacement", "block")
 # What a state names: a change of the numbers below needs a new version here.
 ALGORITHMS = {
@@ -27,23 +39,8 @@ ALGORITHMS = {
 BLOCK_TOKENS = 1 << 23  # of one block: 16 MiB at 2 bytes a token
 POOL_BLOCKS = 8
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_EPOCH_STRIDE = 0xD1B54A32D192ED03
-_ROUNDS = 6  # 2 rounds fail a chi-square test of positions; from 3 on none was told from random
-_TABLE_LIMIT = 1 << 16  # below this a shuffled table is small, and cycle walking would be long
-_PHASE_KEY = _ROUNDS + 1
-_REPLACEMENT_KEY = _ROUNDS + 2
-_BLOCK_KEY = _ROUNDS + 3
-SOURCE_KEY = _ROUNDS + 4  # these two are of mixture.py
-SLOT_KEY = _ROUNDS + 5
-_DRAW_KEY = 16  # the key counter of the first shuffle draw, past all round keys
-_MAX_WINDOWS = 1 << 62
 _MAX_BLOCK_TOKENS = 1 << 40
 _MAX_POOL = 1 << 16
-
-Int64 = NDArray[np.int64]
-UInt64 = NDArray[np.uint64]
 
 
 class SampleStream(Protocol):
@@ -76,121 +73,6 @@ def check_samples(first_sample: int, count: int) -> None:
     """Raise ValueError when samples [first_sample, first_sample + count) leave [0, 2^63)."""
     if first_sample < 0 or count < 0 or first_sample + count >= 1 << 63:
         raise ValueError(f"samples [{first_sample}, +{count}) are not in [0, 2^63)")
-
-
-def _mix(z: int) -> int:
-    """Finalise 64 bits (splitmix64)."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def mix_array(z: UInt64) -> UInt64:
-    """Finalise 64 bits, elementwise."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def base_key(seed: int, epoch: int) -> int:
-    """Return the key of (seed, epoch), from which others are derived."""
-    return _mix(_mix((seed + _GOLDEN) & _MASK) ^ ((epoch * _EPOCH_STRIDE + 1) & _MASK))
-
-
-def base_keys(seed: int, epochs: UInt64) -> UInt64:
-    """Return base_key(seed, epoch) of each epoch."""
-    outer = np.uint64(_mix((seed + _GOLDEN) & _MASK))
-    return mix_array(outer ^ (epochs * np.uint64(_EPOCH_STRIDE) + np.uint64(1)))
-
-
-def derived_key(base: int, counter: int) -> int:
-    """Return the `counter`-th key of `base`."""
-    return _mix((base + counter * _GOLDEN) & _MASK)
-
-
-def derived_keys(base: UInt64, counters: UInt64) -> UInt64:
-    """Return derived_key of each pair."""
-    return mix_array(base + counters * np.uint64(_GOLDEN))
-
-
-class Permutation:
-    """A permutation of range(n) fixed by (seed, epoch), with O(1) memory for large n.
-
-    n < 2^16 is a Fisher-Yates table. Above, a balanced Feistel network over the smallest even
-    number of bits that holds n, walked until the value is back below n (fewer than 4 tries on
-    average).
-    """
-
-    def __init__(self, n: int, seed: int, epoch: int) -> None:
-        if not 1 <= n <= _MAX_WINDOWS:
-            raise ValueError(f"a permutation needs 1 <= n <= 2^62, not {n}")
-        if not (0 <= seed <= _MASK and 0 <= epoch <= _MASK):
-            raise ValueError(f"seed and epoch are unsigned 64-bit, not {seed} and {epoch}")
-        self.n = n
-        base = base_key(seed, epoch)
-        self._table = _shuffled(n, base) if n < _TABLE_LIMIT else None
-        self._half = np.uint64(((n - 1).bit_length() + 1) // 2)
-        self._keys = [np.uint64(derived_key(base, r + 1)) for r in range(_ROUNDS)]
-
-    def at(self, index: Int64) -> Int64:
-        """Return the images of `index`, an int64 array of values in [0, n)."""
-        self._check(index)
-        if self._table is not None:
-            return self._table[index]
-        return self._walk(index, self._encrypt)
-
-    def inverse(self, value: Int64) -> Int64:
-        """Return the indices whose images are `value`, an int64 array of values in [0, n)."""
-        self._check(value)
-        if self._table is not None:
-            return np.argsort(self._table)[value]
-        return self._walk(value, self._decrypt)
-
-    def _check(self, index: Int64) -> None:
-        if index.size and (int(index.min()) < 0 or int(index.max()) >= self.n):
-            raise ValueError(f"permutation index outside [0, {self.n})")
-
-    def _walk(self, index: Int64, step: Callable[[UInt64], UInt64]) -> Int64:
-        out = step(index.astype(np.uint64))
-        limit = np.uint64(self.n)
-        while (outside := np.flatnonzero(out >= limit)).size:
-            out[outside] = step(out[outside])
-        return out.astype(np.int64)
-
-    def _encrypt(self, value: UInt64) -> UInt64:
-        left, right = self._halves(value)
-        for key in self._keys:
-            left, right = right, left ^ self._round(right, key)
-        out: UInt64 = (left << self._half) | right
-        return out
-
-    def _decrypt(self, value: UInt64) -> UInt64:
-        left, right = self._halves(value)
-        for key in reversed(self._keys):
-            left, right = right ^ self._round(left, key), left
-        out: UInt64 = (left << self._half) | right
-        return out
-
-    def _halves(self, value: UInt64) -> tuple[UInt64, UInt64]:
-        return value >> self._half, value & ((np.uint64(1) << self._half) - np.uint64(1))
-
-    def _round(self, half: UInt64, key: np.uint64) -> UInt64:
-        # The top bits of the mixer are its best ones.
-        out: UInt64 = mix_array(half + key) >> (np.uint64(64) - self._half)
-        return out
-
-
-@lru_cache(maxsize=4)
-def _shuffled(n: int, base: int) -> Int64:
-    counters = np.arange(n, dtype=np.uint64) + np.uint64(_DRAW_KEY)
-    draws = derived_keys(np.uint64(base), counters) >> np.uint64(32)
-    picks = ((draws * np.arange(1, n + 1, dtype=np.uint64)) >> np.uint64(32)).tolist()
-    table = list(range(n))
-    for i in range(n - 1, 0, -1):
-        j = picks[i]
-        table[i], table[j] = table[j], table[i]
-    return np.array(table, dtype=np.int64)
 
 
 class _BlockShuffle:
@@ -269,11 +151,11 @@ class SampleOrder:
     ) -> None:
         if seq_len < 1 or n_tokens < seq_len + 1:
             raise ValueError(f"{n_tokens} tokens hold no window of {seq_len} + 1")
-        if n_tokens > _MAX_WINDOWS:
+        if n_tokens > MAX_WINDOWS:
             raise ValueError(f"a corpus has at most 2^62 tokens, not {n_tokens}")
         if kind not in ORDERS:
             raise ValueError(f"order is one of {', '.join(ORDERS)}, not {kind!r}")
-        if not 0 <= seed <= _MASK:
+        if not 0 <= seed <= MASK:
             raise ValueError(f"seed is an unsigned 64-bit integer, not {seed}")
         if not (1 <= block_tokens <= _MAX_BLOCK_TOKENS and 1 <= pool_blocks <= _MAX_POOL):
             raise ValueError(
@@ -289,7 +171,7 @@ class SampleOrder:
         """Return how many tokens the windows of this epoch are shifted by."""
         if self.kind in ("sequential", "replacement"):
             return 0
-        return derived_key(base_key(self.seed, epoch), _PHASE_KEY) % self._n_phases
+        return derived_key(base_key(self.seed, epoch), PHASE_KEY) % self._n_phases
 
     def starts(self, first_sample: int, count: int) -> Int64:
         """Return the first token of samples [first_sample, first_sample + count)."""
@@ -327,7 +209,7 @@ class SampleOrder:
         """Windows at [index, index + size) of an epoch; "block" may return fewer."""
         if self.kind == "block":
             per_block = max(1, self.block_tokens // self.seq_len)
-            key = derived_key(base_key(self.seed, epoch), _BLOCK_KEY)
+            key = derived_key(base_key(self.seed, epoch), BLOCK_KEY)
             return _BlockShuffle(self.n_windows, per_block, self.pool_blocks, key).run(index, size)
         windows = np.arange(index, index + size, dtype=np.int64)
         if self.kind == "epoch":
@@ -336,11 +218,11 @@ class SampleOrder:
 
     def _drawn(self, samples: UInt64) -> Int64:
         n = self.n_tokens - self.seq_len
-        last = np.uint64(_MASK - (1 << 64) % n)
-        base = np.uint64(derived_key(base_key(self.seed, 0), _REPLACEMENT_KEY))
+        last = np.uint64(MASK - (1 << 64) % n)
+        base = np.uint64(derived_key(base_key(self.seed, 0), REPLACEMENT_KEY))
         keys = derived_keys(base, samples)
         words, attempt = mix_array(keys), 0
         while (again := np.flatnonzero(words > last)).size:
             attempt += 1
-            words[again] = mix_array(keys[again] + np.uint64(attempt * _EPOCH_STRIDE & _MASK))
+            words[again] = mix_array(keys[again] + np.uint64(attempt * EPOCH_STRIDE & MASK))
         return (words % np.uint64(n)).astype(np.int64)

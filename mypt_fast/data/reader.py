@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mypt_fast.data.format import Shard
-from mypt_fast.data.order import ALGORITHM, SampleOrder
+from mypt_fast.data.order import ALGORITHM, SampleStream
 from mypt_fast.errors import DataError, IntegrityError
 
 Int64 = NDArray[np.int64]
@@ -68,7 +68,7 @@ def narrow(tokens: NDArray[Any]) -> Tokens:
 class NumpyReader:
     """The NumPy twin of the native reader: the specification of what a batch holds."""
 
-    def __init__(self, arrays: list[Tokens], order: SampleOrder) -> None:
+    def __init__(self, arrays: list[Tokens], order: SampleStream) -> None:
         self._order = order
         self._arrays = [array for array in arrays if array.size]
         self._ends = np.cumsum([array.size for array in self._arrays])
