@@ -12,23 +12,54 @@ constexpr std::uint64_t kSourceKey = 10;
 constexpr std::uint64_t kSlotKey = 11;
 constexpr std::uint64_t kMaxSources = 1 << 16;
 
-// Of the first `visits` of a node, how many went left: exactly `left` of every `total`.
-struct Split {
-  std::uint64_t left, total, offset;
-
-  std::uint64_t before(std::uint64_t visits) const noexcept {
-    return (visits * left + offset) / total;
-  }
-};
-
-Split split_of(const std::vector<std::uint64_t>& bounds, std::uint64_t key, std::uint64_t node,
-               std::uint64_t low, std::uint64_t leaves) noexcept {
-  const std::uint64_t total = bounds[low + leaves] - bounds[low];
-  const std::uint64_t draw = derived_key(key, node) >> 32;
-  return {bounds[low + leaves / 2] - bounds[low], total, (draw * total) >> 32};
-}
-
 }  // namespace
+
+// A node of the tree over the sources. Of its samples in a block, `total`, exactly `left` are of its
+// left half: x = visits * left + offset, of the first `visits` x / total go left.
+struct MixtureOrder::Node {
+  Node(const Stage& stage, std::uint64_t key, std::uint64_t number, std::uint64_t low,
+       std::uint64_t leaves) noexcept
+      : stage(stage), key(key), number(number), low(low), leaves(leaves) {
+    if (leaves == 1) return;
+    total = stage.bounds[low + leaves] - stage.bounds[low];
+    left = stage.bounds[low + leaves / 2] - stage.bounds[low];
+    offset = ((derived_key(key, number) >> 32) * total) >> 32;
+  }
+
+  Node left_half() const noexcept { return {stage, key, 2 * number, low, leaves / 2}; }
+  Node right_half() const noexcept {
+    return {stage, key, 2 * number + 1, low + leaves / 2, leaves / 2};
+  }
+
+  // Hand the samples at `positions`, the node's from `visit` on, to the sources they are of:
+  // leaf(source, visit, positions, count). The positions are put in order of source.
+  template <class Leaf>
+  void hand_down(std::uint64_t visit, std::uint32_t* positions, std::size_t count,
+                 std::uint32_t* scratch, const Leaf& leaf) const {
+    if (count == 0) return;
+    if (leaves == 1) return leaf(low, visit, positions, count);
+    const std::uint64_t before = (visit * left + offset) / total;
+    std::uint64_t rest = (visit * left + offset) % total;
+    std::size_t to_left = 0, to_right = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint32_t position = positions[i];
+      rest += left;
+      const bool goes_left = rest >= total;
+      rest -= goes_left ? total : 0;
+      positions[to_left] = position;
+      scratch[to_right] = position;
+      to_left += goes_left;
+      to_right += !goes_left;
+    }
+    std::copy(scratch, scratch + to_right, positions + to_left);
+    left_half().hand_down(before, positions, to_left, scratch, leaf);
+    right_half().hand_down(visit - before, positions + to_left, to_right, scratch, leaf);
+  }
+
+  const Stage& stage;
+  std::uint64_t key, number, low, leaves;
+  std::uint64_t total = 0, left = 0, offset = 0;
+};
 
 MixtureOrder::MixtureOrder(const std::vector<std::uint64_t>& sizes, std::uint64_t seq_len,
                            std::uint64_t seed, Order kind, Blocks blocks,
@@ -62,8 +93,8 @@ MixtureOrder::MixtureOrder(const std::vector<std::uint64_t>& sizes, std::uint64_
       already[k] += whole * phase.quotas[k];
       if (phase.quotas[k]) used[k] = true;
     }
-    count_slots(now, base_key(now.key, whole), 1, 0, leaves_, (phase.until - begin) % kBlock,
-                already);
+    const Node root(now, base_key(now.key, whole), 1, 0, leaves_);
+    count_slots(root, (phase.until - begin) % kBlock, already);
     stages_.push_back(std::move(now));
     begin = phase.until;
   }
@@ -78,18 +109,16 @@ MixtureOrder::MixtureOrder(const std::vector<std::uint64_t>& sizes, std::uint64_
 }
 
 // Add to `counts` how often each source below a node comes in the node's first `visits`.
-void MixtureOrder::count_slots(const Stage& stage, std::uint64_t key, std::uint64_t node,
-                               std::uint64_t low, std::uint64_t leaves, std::uint64_t visits,
-                               std::vector<std::uint64_t>& counts) const {
+void MixtureOrder::count_slots(const Node& node, std::uint64_t visits,
+                               std::vector<std::uint64_t>& counts) {
   if (visits == 0) return;
-  if (leaves == 1) {
-    counts[low] += visits;
+  if (node.leaves == 1) {
+    counts[node.low] += visits;
     return;
   }
-  const std::uint64_t left = split_of(stage.bounds, key, node, low, leaves).before(visits);
-  const std::uint64_t half = leaves / 2;
-  count_slots(stage, key, 2 * node, low, half, left, counts);
-  count_slots(stage, key, 2 * node + 1, low + half, half, visits - left, counts);
+  const std::uint64_t left = (visits * node.left + node.offset) / node.total;
+  count_slots(node.left_half(), left, counts);
+  count_slots(node.right_half(), visits - left, counts);
 }
 
 const MixtureOrder::Stage& MixtureOrder::stage(std::uint64_t sample) const noexcept {
@@ -99,47 +128,47 @@ const MixtureOrder::Stage& MixtureOrder::stage(std::uint64_t sample) const noexc
   return *std::prev(next);
 }
 
-MixtureOrder::Place MixtureOrder::place(const Stage& stage, std::uint64_t sample) const noexcept {
-  const std::uint64_t block = (sample - stage.begin) / kBlock;
-  std::uint64_t visit = (sample - stage.begin) % kBlock;
-  const std::uint64_t key = base_key(stage.key, block);
-  std::uint64_t low = 0, node = 1;
-  for (std::uint64_t leaves = leaves_; leaves > 1; leaves /= 2) {
-    const Split split = split_of(stage.bounds, key, node, low, leaves);
-    const std::uint64_t before = split.before(visit);
-    const bool right = split.before(visit + 1) == before;
-    visit = right ? visit - before : before;
-    low += right ? leaves / 2 : 0;
-    node = 2 * node + (right ? 1 : 0);
+// Call leaf(source, its first sample, done, positions, count) for the sources in [first, first +
+// count), block by block: sample first + done + positions[i] is its (first sample + i)-th one.
+template <class Leaf>
+void MixtureOrder::walk(std::uint64_t first, std::uint64_t count, const Leaf& leaf) const {
+  std::vector<std::uint32_t> positions(std::min(count, kBlock)), scratch(positions.size());
+  for (std::uint64_t done = 0; done < count;) {
+    const Stage& now = stage(first + done);
+    const std::uint64_t block = (first + done - now.begin) / kBlock;
+    const std::uint64_t visit = (first + done - now.begin) % kBlock;
+    const std::uint64_t size =
+        std::min({count - done, kBlock - visit, now.end - (first + done)});
+    std::iota(positions.begin(), positions.begin() + static_cast<std::ptrdiff_t>(size), 0);
+    Node(now, base_key(now.key, block), 1, 0, leaves_)
+        .hand_down(visit, positions.data(), size, scratch.data(),
+                   [&](std::uint64_t k, std::uint64_t visits, const std::uint32_t* at,
+                       std::size_t n) {
+                     const std::uint64_t quota = now.bounds[k + 1] - now.bounds[k];
+                     leaf(k, now.already[k] + block * quota + visits, done, at, n);
+                   });
+    done += size;
   }
-  const std::uint64_t quota = stage.bounds[low + 1] - stage.bounds[low];
-  return {static_cast<std::uint32_t>(low), stage.already[low] + block * quota + visit};
 }
 
 void MixtureOrder::starts(std::uint64_t first, std::uint64_t count, std::uint64_t* out) const {
   check_samples(first, count);
-  // The samples of one source within a run are consecutive ones of its own order.
-  std::vector<std::uint32_t> source(count);
-  std::vector<std::uint64_t> begin(orders_.size()), seen(orders_.size());
-  const Stage* now = nullptr;
-  for (std::uint64_t i = 0; i < count; ++i) {
-    if (!now || first + i >= now->end) now = &stage(first + i);
-    const Place at = place(*now, first + i);
-    source[i] = at.source;
-    if (seen[at.source]++ == 0) begin[at.source] = at.local;
-  }
-  std::vector<std::uint64_t> flat(count), next(orders_.size());
-  std::exclusive_scan(seen.begin(), seen.end(), next.begin(), std::uint64_t{0});
-  for (std::size_t k = 0; k < orders_.size(); ++k) {
-    if (seen[k]) orders_[k]->starts(begin[k], seen[k], flat.data() + next[k]);
-  }
-  for (std::uint64_t i = 0; i < count; ++i) out[i] = bases_[source[i]] + flat[next[source[i]]++];
+  std::vector<std::uint64_t> own(std::min(count, kBlock));
+  walk(first, count, [&](std::uint64_t k, std::uint64_t local, std::uint64_t done,
+                         const std::uint32_t* at, std::size_t n) {
+    orders_[k]->starts(local, n, own.data());
+    for (std::size_t i = 0; i < n; ++i) out[done + at[i]] = bases_[k] + own[i];
+  });
 }
 
 std::vector<std::uint64_t> MixtureOrder::sources(std::uint64_t first, std::uint64_t count) const {
   check_samples(first, count);
   std::vector<std::uint64_t> out(count);
-  for (std::uint64_t i = 0; i < count; ++i) out[i] = place(stage(first + i), first + i).source;
+  walk(first, count,
+       [&](std::uint64_t k, std::uint64_t, std::uint64_t done, const std::uint32_t* at,
+           std::size_t n) {
+         for (std::size_t i = 0; i < n; ++i) out[done + at[i]] = k;
+       });
   return out;
 }
 

@@ -34,22 +34,19 @@ class MixtureOrder final : public SampleStream {
   std::vector<std::uint64_t> sources(std::uint64_t first, std::uint64_t count) const;
 
  private:
-  struct Place {
-    std::uint32_t source;
-    std::uint64_t local;  // its sample of that source
-  };
-
   struct Stage {
     std::uint64_t begin, end, key;
     std::vector<std::uint64_t> bounds;   // source k has slots [bounds[k], bounds[k + 1])
     std::vector<std::uint64_t> already;  // samples of each source before `begin`
   };
 
+  struct Node;
+
   const Stage& stage(std::uint64_t sample) const noexcept;
-  Place place(const Stage& stage, std::uint64_t sample) const noexcept;
-  void count_slots(const Stage& stage, std::uint64_t key, std::uint64_t node, std::uint64_t low,
-                   std::uint64_t leaves, std::uint64_t visits,
-                   std::vector<std::uint64_t>& counts) const;
+  template <class Leaf>
+  void walk(std::uint64_t first, std::uint64_t count, const Leaf& leaf) const;
+  static void count_slots(const Node& node, std::uint64_t visits,
+                          std::vector<std::uint64_t>& counts);
 
   std::uint64_t seq_len_, leaves_ = 1, n_windows_ = 0;
   std::vector<std::uint64_t> bases_;  // one more than the sources

@@ -111,7 +111,7 @@ class MixtureOrder:
 
     Each source has a SampleOrder of its own, whose seed is derived from (seed, its number); no
     window crosses from one source into the next. A source without weight is never read and may be
-    of any length.
+    of any length. With kind "block" a run of samples reads one pool of each source.
 
     Args:
         sizes: tokens of each source; they lie one after another in the corpus.

@@ -6,6 +6,7 @@ vectors in the tests. Nothing here is ever stored but (seed, global sample).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -113,6 +114,9 @@ class _BlockShuffle:
         return blocks
 
 
+_block_shuffle = lru_cache(maxsize=4)(_BlockShuffle)
+
+
 class SampleOrder:
     """Map a global sample number to the first token of its window.
 
@@ -210,7 +214,8 @@ class SampleOrder:
         if self.kind == "block":
             per_block = max(1, self.block_tokens // self.seq_len)
             key = derived_key(base_key(self.seed, epoch), BLOCK_KEY)
-            return _BlockShuffle(self.n_windows, per_block, self.pool_blocks, key).run(index, size)
+            shuffle = _block_shuffle(self.n_windows, per_block, self.pool_blocks, key)
+            return shuffle.run(index, size)
         windows = np.arange(index, index + size, dtype=np.int64)
         if self.kind == "epoch":
             windows = Permutation(self.n_windows, self.seed, epoch).at(windows)

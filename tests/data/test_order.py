@@ -1,11 +1,13 @@
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mypt_fast.data.mixture import MixtureOrder
 from mypt_fast.data.order import ALGORITHMS, ORDERS, SampleOrder
 from mypt_fast.data.permutation import ALGORITHM, Permutation
 
@@ -324,3 +326,26 @@ def test_bad_native_arguments_are_refused(native):
         native.SampleOrder(16, 16, 0)
     with pytest.raises(ValueError, match="order is one of"):
         native.SampleOrder(100, 16, 0, "random")
+
+
+@pytest.mark.parametrize("kind", ["epoch", "block", "mixture"])
+def test_threads_may_share_one_native_order(native, kind):
+    blocks = {"block_tokens": 700, "pool_blocks": 3}
+    if kind == "mixture":
+        phases = [(900, [1, 0]), (None, [1, 2])]
+        order = MixtureOrder([30_000, 40_000], 7, 3, phases, "block", **blocks)
+    else:
+        order = SampleOrder(70_000, 7, 3, kind, **blocks)
+    reader = native.BatchReader(
+        native.Corpus.wrap(np.arange(70_000, dtype=np.uint32)), order.to_native(native)
+    )
+
+    def read(first):
+        x, y = np.empty((8, 7), np.int64), np.empty((8, 7), np.int64)
+        reader.read(first, x, y, first + 8)
+        return x[:, 0]
+
+    firsts = [i * 7919 % 50_000 for i in range(400)]  # epochs and pools in no order
+    with ThreadPoolExecutor(4) as pool:
+        starts = list(pool.map(read, firsts))
+    assert np.array_equal(starts, [order.starts(first, 8) for first in firsts])
