@@ -152,13 +152,14 @@ def orders(draw, kinds=ORDERS, largest=2**62):
     """Any order; blocks are small against the corpus more often than chance would have it."""
     seq_len = draw(st.integers(1, 40))
     n_tokens = draw(st.one_of(st.integers(41, 3000), st.integers(41, largest)))
-    tokens = draw(st.one_of(st.integers(1, 400), st.integers(max(1, n_tokens // 64), 2**40)))
+    few = min(max(1, n_tokens // 64), 2**40)  # tokens a block for few blocks
+    tokens = draw(st.one_of(st.integers(1, 400), st.integers(few, 2**40)))
     return SampleOrder(
         n_tokens,
         seq_len,
         draw(U64),
         draw(st.sampled_from(kinds)),
-        block_tokens=min(tokens, 2**40),
+        block_tokens=tokens,
         pool_blocks=draw(st.one_of(st.integers(1, 5), st.integers(1, 2000))),
     )
 
