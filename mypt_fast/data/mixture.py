@@ -9,6 +9,10 @@ samples are spread evenly (after any number of samples a count is off its share 
 level of the tree), they come in its own order, and "how many of source k are among the first t" is
 as cheap as "whose is sample t": O(log K), with nothing stored and nothing carried along.
 
+Shuffled slots would keep the shares as well, but take each source's windows out of its own order:
+the epochs of a small source would mix, "sequential" and "block" within a source would lose their
+meaning, and counting would need a table.
+
 The counts are what makes phases exact: where the weights change, in the middle of a block or not,
 each source goes on with its next window.
 """
