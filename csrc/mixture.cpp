@@ -14,8 +14,8 @@ constexpr std::uint64_t kMaxSources = 1 << 16;
 
 }  // namespace
 
-// A node of the tree over the sources. Of its samples in a block, `total`, exactly `left` are of its
-// left half: x = visits * left + offset, of the first `visits` x / total go left.
+// A node of the tree over the sources. Of its `total` samples in a block exactly `left` are of its
+// left half; of the first `visits`, (visits * left + offset) / total are.
 struct MixtureOrder::Node {
   Node(const Stage& stage, std::uint64_t key, std::uint64_t number, std::uint64_t low,
        std::uint64_t leaves) noexcept
