@@ -158,6 +158,7 @@ class PyRing {
     while (true) {
       {
         py::gil_scoped_release unlocked;
+        ring_->fill_here();
         if (ring_->take(milliseconds(100), taken)) return {taken.slot, taken.largest};
       }
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();

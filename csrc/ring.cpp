@@ -39,11 +39,8 @@ Ring::Ring(std::shared_ptr<const BatchSource> source, Plan plan, std::vector<Bat
 }
 
 Ring::~Ring() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = true;
-  }
-  worker_wakes_.notify_one();
+  stop_ = true;
+  worker_wakes_.post();
   worker_.join();
 }
 
@@ -57,16 +54,17 @@ void Ring::work() {
 #endif
   BatchSource::Work work;
   try {
-    for (std::uint64_t k = 0; !stop_; ++k) {
-      if (!has_free()) {
-        std::unique_lock<std::mutex> lock(mutex_);
+    while (!stop_) {
+      std::uint64_t k;
+      if (!claim(k)) {
+        // A wake-up that comes after the last look is kept; one too many is a turn of this loop.
         worker_sleeps_ = true;
-        worker_wakes_.wait(lock, [this] { return stop_ || (has_free() && full() <= low_water_); });
+        if (!is_work_due()) worker_wakes_.wait();
         worker_sleeps_ = false;
-        if (stop_) return;
+        continue;
       }
-      fill(k, work);
-      filled_.fetch_add(1);
+      if (source_->is_read()) advise(k, work);
+      fill(k, source_->is_read(), work);
       if (consumer_sleeps_) {
         const std::lock_guard<std::mutex> lock(mutex_);
         consumer_wakes_.notify_one();
@@ -80,18 +78,39 @@ void Ring::work() {
   }
 }
 
-void Ring::fill(std::uint64_t k, BatchSource::Work& work) {
+// Take on the next batch, if nobody is at work on one and there is a slot for it.
+bool Ring::claim(std::uint64_t& k) {
+  k = filled_;
+  return has_free() && claimed_.compare_exchange_strong(k, k + 1);
+}
+
+void Ring::advise(std::uint64_t k, BatchSource::Work& work) {
+  for (advised_ = std::max(advised_, k); advised_ <= k + kLookahead; ++advised_) {
+    const Plan::Samples ahead = plan_.batch(advised_);
+    source_->advise(ahead.first, ahead.count, work);
+  }
+}
+
+void Ring::fill(std::uint64_t k, bool advised, BatchSource::Work& work) {
   const Plan::Samples now = plan_.batch(k);
   Batch batch = slots_[k % slots_.size()];
   batch.rows = now.count;
-  if (source_->is_read()) {
-    for (advised_ = std::max(advised_, k); advised_ <= k + kLookahead; ++advised_) {
-      const Plan::Samples ahead = plan_.batch(advised_);
-      source_->advise(ahead.first, ahead.count, work);
-    }
-  }
   const std::uint64_t next = plan_.batch(k + 1).first;
-  largest_[k % slots_.size()] = source_->read(now.first, batch, next, source_->is_read(), work);
+  largest_[k % slots_.size()] = source_->read(now.first, batch, next, advised, work);
+  filled_.fetch_add(1);
+}
+
+void Ring::fill_here() {
+  std::uint64_t k;
+  if (failed_ || full() > 0 || !claim(k)) return;
+  ++waits_;
+  try {
+    fill(k, false, work_);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    failure_ = std::current_exception();
+    failed_ = true;
+  }
 }
 
 bool Ring::take(std::chrono::milliseconds patience, Taken& taken) {
@@ -123,9 +142,7 @@ void Ring::release(std::size_t count) {
 void Ring::wake_worker() {
   // Sequentially consistent on both sides: either the worker sees the new counts before it sleeps,
   // or this sees that it sleeps.
-  if (!worker_sleeps_ || full() > low_water_ || !has_free()) return;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  worker_wakes_.notify_one();
+  if (is_work_due() && worker_sleeps_.exchange(false)) worker_wakes_.post();
 }
 
 }  // namespace mypt::data

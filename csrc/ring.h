@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "batch_source.h"
+#include "wake.h"
 
 namespace mypt::data {
 
@@ -37,8 +38,9 @@ struct Plan {
 };
 
 // A slot is free, then full, then lent to the consumer, then free again. Slots are used in turn, so
-// three counters say it all. The worker fills while there is a free slot; then it sleeps until no
-// more than `low_water` full ones are left: so it is woken every few batches, not at every one.
+// counters say it all. The worker fills while there is a free slot; then it sleeps until no more
+// than `low_water` full ones are left: so it is woken every few batches, not at every one. On a busy
+// machine it may be woken and not get a core: then the consumer makes its batch itself.
 class Ring {
  public:
   // The slots' memory stays the caller's, who keeps it for as long as this lives.
@@ -57,6 +59,9 @@ class Ring {
   // threw, once the batches before are taken.
   bool take(std::chrono::milliseconds patience, Taken& taken);
 
+  // For the consumer, when nothing is there: fill a slot here and now, unless the worker is at it.
+  void fill_here();
+
   // Give back the oldest `count` lent slots.
   void release(std::size_t count);
 
@@ -69,9 +74,12 @@ class Ring {
 
  private:
   void work();
-  void fill(std::uint64_t k, BatchSource::Work& work);
+  void fill(std::uint64_t k, bool advised, BatchSource::Work& work);
+  bool claim(std::uint64_t& k);
+  void advise(std::uint64_t k, BatchSource::Work& work);
   std::uint64_t full() const noexcept { return filled_.load() - taken_.load(); }
   bool has_free() const noexcept { return filled_.load() - released_.load() < slots_.size(); }
+  bool is_work_due() const noexcept { return has_free() && full() <= low_water_; }
   void wake_worker();
 
   const std::shared_ptr<const BatchSource> source_;
@@ -81,16 +89,19 @@ class Ring {
   const std::size_t low_water_;
   const std::int64_t process_;
 
-  // Counts of batches, ever growing. Only the worker adds to filled_, only the consumer to others.
-  alignas(64) std::atomic<std::uint64_t> filled_{0};
+  // Counts of batches, ever growing: whoever claims a batch fills it. The rest is the consumer's.
+  alignas(64) std::atomic<std::uint64_t> claimed_{0};
+  std::atomic<std::uint64_t> filled_{0};
   alignas(64) std::atomic<std::uint64_t> taken_{0};
   std::atomic<std::uint64_t> released_{0};
   std::atomic<bool> worker_sleeps_{false}, consumer_sleeps_{false}, stop_{false}, failed_{false};
   std::atomic<std::uint64_t> waits_{0};
-  std::uint64_t advised_ = 0;  // batches that the disk was asked for
+  std::uint64_t advised_ = 0;  // batches that the worker asked the disk for
+  BatchSource::Work work_;     // the consumer's
 
-  std::mutex mutex_;
-  std::condition_variable worker_wakes_, consumer_wakes_;
+  Wake worker_wakes_;
+  std::mutex mutex_;  // of failure_, and of a consumer that waits
+  std::condition_variable consumer_wakes_;
   std::exception_ptr failure_;
   std::thread worker_;
 };
