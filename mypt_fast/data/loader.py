@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mypt_fast.data.format import Split, dataset_fingerprint, open_split
+from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
 from mypt_fast.data.order import ALGORITHM, SampleOrder
 from mypt_fast.data.reader import (
     BatchReader,
@@ -52,6 +52,7 @@ class TokenCorpus:
         self._ends = np.cumsum(np.array(sizes, dtype=np.int64))
         self._native: Any = None
         self._arrays: list[Tokens] = []
+        self._shards: list[Shard] = []
         self._closed = False
 
     @classmethod
@@ -66,6 +67,7 @@ class TokenCorpus:
             [shard.n_tokens for shard in shards],
             dataset_fingerprint(shards),
         )
+        corpus._shards = shards
         if module := corpus._choose(backend):
             specs = [(str(s.path), s.width, s.n_tokens, s.offset) for s in shards]
             corpus._native = module.Corpus.open(specs)
@@ -85,8 +87,7 @@ class TokenCorpus:
         corpus = cls("text in memory", ["the text"], [array.size], digest)
         if module := corpus._choose(backend):
             corpus._native = module.Corpus.wrap(array)
-        else:
-            corpus._arrays = [array]
+        corpus._arrays = [array]
         return corpus
 
     def reader(self, order: SampleOrder) -> BatchReader:
@@ -106,6 +107,30 @@ class TokenCorpus:
         shard = int(np.searchsorted(self._ends, token, side="right"))
         begin = int(self._ends[shard - 1]) if shard else 0
         return self._names[shard], token - begin
+
+    def read_span(self, start: int, count: int) -> Tokens:
+        """Return the tokens [start, start + count) of the corpus, from as many shards as it takes.
+
+        Raises:
+            ValueError: they are not in the corpus, or it is closed.
+        """
+        if self._closed or not 0 <= start <= start + count <= self.n_tokens:
+            state = "closed" if self._closed else f"of {self.n_tokens} tokens"
+            raise ValueError(f"tokens [{start}, +{count}) of {self.source}, which is {state}")
+        if not self._arrays:  # the native reader reads windows only
+            self._arrays = [map_shard(shard) for shard in self._shards]
+        parts = []
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while count:
+            begin = start - (int(self._ends[shard - 1]) if shard else 0)
+            parts.append(self._arrays[shard][begin : begin + count])
+            start, count = start + parts[-1].size, count - parts[-1].size
+            shard += 1
+        return parts[0] if len(parts) == 1 else np.concatenate([self._arrays[0][:0], *parts])
+
+    def document_ends(self) -> NDArray[np.uint64] | None:
+        """Where documents end, ascending; None where the dataset has no index of them."""
+        return None
 
     def close(self) -> None:
         """Let go of the files; readers made before keep theirs until they are dropped."""
