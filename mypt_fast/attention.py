@@ -95,9 +95,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     B, _, T, _ = q.shape
-    flat = [_flattened(t).contiguous() for t in (q, k, v)]
+    q, k, v = (_flattened(t).contiguous() for t in (q, k, v))
     # T, not the longest segment: a number that changes would be compiled anew
-    y = varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))
+    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))
     assert isinstance(y, Tensor)
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
@@ -110,8 +110,8 @@ def _per_segment(
     parts = zip(*(_flattened(t).split(lengths) for t in (q, k, v)), strict=True)
     done = []
     for part in parts:
-        heads = (t.transpose(0, 1).unsqueeze(0) for t in part)  # (1, H, L, D)
-        y = F.scaled_dot_product_attention(*heads, dropout_p=dropout_p, is_causal=True)
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in part)  # (1, H, L, D)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         done.append(y.squeeze(0).transpose(0, 1))
     return torch.cat(done).unflatten(0, (B, T)).transpose(1, 2)
 

@@ -6,7 +6,7 @@ samples, the same one-integer position, and a third member in every batch.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,7 +26,11 @@ from mypt_fast.errors import DataError, FormatError, TokenRangeError
 
 ALGORITHM = "documents/v1"
 STATE_VERSION = 1
-LAYOUTS = {"mask": WindowLayout, "bestfit": BestFitLayout}
+DEFAULT_RULE = LossRule()
+LAYOUTS: dict[str, Callable[[Int64, int, int], Layout]] = {
+    "mask": WindowLayout,
+    "bestfit": BestFitLayout,
+}
 _SCAN_TOKENS = 1 << 20
 _MAX_SAMPLES = 1 << 62
 
@@ -40,6 +44,10 @@ class Corpus(Protocol):
 
     def read_span(self, start: int, count: int) -> NDArray[Any]:
         """The tokens [start, start + count), which are in the corpus."""
+        ...
+
+    def document_ends(self) -> NDArray[Any] | None:
+        """Where documents end, ascending, the last at n_tokens; None where nobody stored it."""
         ...
 
     def locate(self, token: int) -> tuple[str, int]:
@@ -87,31 +95,36 @@ def checked_ends(ends: NDArray[Any], n_tokens: int, source: str) -> Int64:
     return array
 
 
-def scanned_ends(corpus: Corpus, eot_id: int | None) -> Int64:
-    """Find where documents end by their end-of-text token, and warn that this can be wrong.
+def document_ends(corpus: Corpus, eot_id: int | None) -> tuple[NDArray[Any], str]:
+    """Where the documents of a corpus end, and a line for people where that is a guess.
+
+    The index says it; without one every end-of-text token does, which is wrong where texts hold
+    that token or were cut without it.
 
     Raises:
-        DataError: there is no such token.
+        DataError: there is neither.
     """
+    ends = corpus.document_ends()
+    if ends is not None:
+        return ends, ""
     if eot_id is None:
         raise DataError(
             f"documents of {corpus.source}",
             "it has no document index, and its tokenizer no end-of-text token",
             "prepare it again in the native format, or train with --documents concat",
         )
-    warnings.warn(
-        f"{corpus.source} has no document index: boundaries are taken from token {eot_id}, "
-        "which is wrong where texts hold that token or were cut without it",
-        stacklevel=2,
-    )
     found = []
     for start in range(0, corpus.n_tokens, _SCAN_TOKENS):
         block = corpus.read_span(start, min(_SCAN_TOKENS, corpus.n_tokens - start))
         found.append(np.flatnonzero(block == eot_id) + start + 1)
-    ends = np.concatenate(found).astype(np.int64)
+    ends = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
     if not ends.size or ends[-1] != corpus.n_tokens:
         ends = np.append(ends, corpus.n_tokens)
-    return ends
+    note = (
+        f"{corpus.source} has no document index: documents end at token {eot_id}, which is wrong "
+        "where texts hold it or were cut without it; the native format stores boundaries"
+    )
+    return ends, note
 
 
 class DocumentLoader:
@@ -149,7 +162,7 @@ class DocumentLoader:
         world_size: int = 1,
         vocab_size: int | None = None,
         pad_id: int = 0,
-        rule: LossRule = LossRule(),
+        rule: LossRule = DEFAULT_RULE,
         weights: LossPlane | None = None,
     ) -> None:
         if documents not in LAYOUTS:
