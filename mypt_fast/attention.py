@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float
     """
     if has_flash(q, dropout_p):
         return _flash(q, k, v, segments.cu_seqlens)
-    return _per_segment(q, k, v, segments.lengths, dropout_p)
+    return _per_segment(q, k, v, segments, dropout_p)
 
 
 def has_flash(q: Tensor, dropout_p: float) -> bool:
@@ -102,12 +102,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return y.unflatten(0, (B, T)).transpose(1, 2)
 
 
-@torch.compiler.disable  # the lengths differ in every batch
-def _per_segment(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], dropout_p: float
-) -> Tensor:
+@torch.compiler.disable  # the lengths differ in every batch: what reads them is not traced
+def _per_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float) -> Tensor:
     B, _, T, _ = q.shape
-    parts = zip(*(_flattened(t).split(lengths) for t in (q, k, v)), strict=True)
+    parts = zip(*(_flattened(t).split(segments.lengths) for t in (q, k, v)), strict=True)
     done = []
     for part in parts:
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in part)  # (1, H, L, D)
