@@ -208,8 +208,8 @@ class TrainConfig:
     )
     documents: str = opt(
         "concat",
-        "concat: attention crosses document ends; mask: it does not; bestfit: nor are short "
-        "documents cut",
+        "concat: attention crosses document ends; mask: it does not; bestfit: rows are packed "
+        "with documents, whole where they fit",
         choices=("concat", "mask", "bestfit"),
     )
     seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mypt_fast.data.annotations import joined_ends
 from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
 from mypt_fast.data.order import ALGORITHM, SampleOrder
 from mypt_fast.data.reader import (
@@ -130,7 +131,7 @@ class TokenCorpus:
 
     def document_ends(self) -> NDArray[np.uint64] | None:
         """Where documents end, ascending; None where the dataset has no index of them."""
-        return None
+        return joined_ends(self._shards)
 
     def close(self) -> None:
         """Let go of the files; readers made before keep theirs until they are dropped."""

@@ -1,12 +1,14 @@
 """Documents in batches: boundaries, packing, masks, and a position that is one integer."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mypt_fast.data.annotations import StoredWeights, joined_ends
 from mypt_fast.data.document_loader import DocumentLoader, checked_ends, document_ends
 from mypt_fast.data.loader import TokenCorpus, TokenLoader
 from mypt_fast.data.packing import BestFitLayout, LossRule, WindowLayout, best_fit
@@ -283,6 +285,46 @@ def test_stored_weights_multiply_the_mask_of_the_token_they_are_of():
         assert (weighted.documents.loss_mask == wanted).all()
         assert loader.weight(0, 9) == wanted.sum()
         assert loader.weight(0, loader.n_windows) > 0
+
+
+class FakeShard:
+    """As much of a shard as annotations read."""
+
+    def __init__(self, n_tokens, ends=None, **planes):
+        self.n_tokens, self.documents, self._ends = n_tokens, ends, ends
+        self.planes = [SimpleNamespace(kind=kind) for kind in planes]
+        self._planes = planes
+
+    def document_ends(self):
+        return np.array(self._ends, dtype=np.uint64)
+
+    def read_plane(self, kind):
+        return np.array(self._planes[kind])
+
+
+def test_the_index_of_a_corpus_joins_those_of_its_shards():
+    shards = [FakeShard(5, [2, 5]), FakeShard(0), FakeShard(3, [3]), FakeShard(4, [1, 4])]
+    ends = joined_ends(shards)
+    assert ends.tolist() == [2, 5, 8, 9, 12]
+    assert ends.dtype == np.uint64
+    assert joined_ends([*shards, FakeShard(3)]) is None  # one without: nothing is known
+    assert joined_ends([]) is None
+
+
+def test_the_weights_of_a_corpus_join_those_of_its_shards():
+    shards = [
+        FakeShard(3, mask=[0, 1, 0]),
+        FakeShard(0),
+        FakeShard(2),
+        FakeShard(3, mask=[1, 1, 1], segments=[1, 1, 2], weights=[0.5, 2, 0]),
+    ]
+    stored = StoredWeights(shards)
+    whole = [0, 1, 0, 1, 1, 0.5, 2, 0]
+    for start in range(9):
+        for count in range(9 - start):
+            assert stored.read_weights(start, count).tolist() == whole[start : start + count]
+    assert stored.any
+    assert not StoredWeights(shards[1:3]).any
 
 
 def test_an_index_that_is_not_of_the_corpus_is_refused():
