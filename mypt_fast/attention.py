@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLASH_ARCH = (8, 0)  # what PyTorch's variable-length flash attention is built for, and up
-FLASH_MAX_HEAD = 256
+FLASH_ARCH = (8, 0)  # the oldest that variable-length flash attention is built for
+FLASH_MAX_HEAD = 192  # above, the backward needs more shared memory than small cards have
 
 
 @dataclass
