@@ -165,6 +165,26 @@ def test_attention_equals_that_under_a_mask() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_attention_dropout_drops_weights_and_only_in_training(monkeypatch) -> None:
+    alone = Segments.from_ids(torch.arange(400).expand(3, 400))  # each token sees itself
+    ones = torch.ones(3, 2, 400, 4)
+    torch.manual_seed(0)
+    dropped = attention.attend(ones, ones, ones, alone, 0.25)
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    given = []
+
+    def watched(q, k, v, segments, dropout_p):
+        given.append(dropout_p)
+        return attention.attend(q, k, v, segments, dropout_p)
+
+    monkeypatch.setattr("mypt_fast.model.attend", watched)
+    model = gpt(dropout=0.25)
+    model.train()(IDX, segment_ids=IDS)
+    model.eval()(IDX, segment_ids=IDS)
+    assert given == [0.25, 0.25, 0, 0]
+
+
 def test_segments_are_cut_at_rows_and_where_ids_change() -> None:
     segments = Segments.from_ids(IDS)
     assert segments.cu_seqlens.tolist() == [0, 5, 6, 16, 25, 29, 32, 48]
