@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench golden clean
+.PHONY: help demo test test-slow sanitize sanitize-run test-gpu check format bench golden clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,18 @@ test: $(READY)  ## the default tests: under 5 minutes, no GPU, no network
 test-slow: $(READY)  ## the tests marked slow, and every Triton kernel in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" tests/kernels tests/test_model_kernels.py
+
+SANITIZED := tests/data/test_native.py tests/data/test_loader.py tests/data/test_prefetch.py
+sanitize: $(READY)  ## the loader's tests under the address, undefined and thread sanitizers
+	@$(MAKE) -s sanitize-run KIND=address,undefined LIBRARY=libasan.so
+	@$(MAKE) -s sanitize-run KIND=thread LIBRARY=libtsan.so
+
+sanitize-run:
+	MYPT_SANITIZE=$(KIND) MYPT_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \
+	  --build-lib build/$(LIBRARY) --build-temp build/$(LIBRARY).o
+	LD_PRELOAD="$$(g++ -print-file-name=$(LIBRARY)) $$(g++ -print-file-name=libstdc++.so)" PYTHONPATH=build/$(LIBRARY) OMP_NUM_THREADS=1 \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=exitcode=66 \
+	  MYPT_SANITIZED=$(KIND) $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
 
 test-gpu: $(READY)  ## the same kernel tests, compiled, on a GPU
 	$(BIN)/python -m pytest -q -m gpu

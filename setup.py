@@ -20,8 +20,12 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 
 # No -march=native: a wheel must run anywhere, so instruction sets are chosen at run time.
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+LINK_FLAGS = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-pthread"]
+# For `make sanitize`: which of GCC's sanitizers watch the tests.
+if sanitizers := os.environ.get("MYPT_SANITIZE"):
+    LINK_FLAGS += [f"-fsanitize={sanitizers}"]
+    CXX_FLAGS += [LINK_FLAGS[-1], "-fno-sanitize-recover=all", "-g", "-O1"]
 
 BUILD_NINJA = """\
 rule cxx

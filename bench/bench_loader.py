@@ -20,7 +20,8 @@ import pytest
 import torch
 from record import machine, save
 
-from mypt_fast.data.loader import TokenCorpus, TokenLoader
+from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.tokens import TokenCorpus
 
 N_TOKENS = 100_000_000
 VOCAB_SIZE = 50_304

@@ -5,29 +5,34 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "batch_source.h"
 #include "corpus.h"
 #include "errors.h"
 #include "gather.h"
 #include "permutation.h"
+#include "ring.h"
+#include "shard_file.h"
 
 namespace py = pybind11;
 using namespace mypt::data;
 
 namespace {
 
-using ShardSpec = std::tuple<std::string, int, std::uint64_t, std::uint64_t>;
+using SpecTuple = std::tuple<std::string, int, std::uint64_t, std::uint64_t, std::uint64_t>;
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
 
-std::shared_ptr<Corpus> open_corpus(const std::vector<ShardSpec>& shards) {
+std::shared_ptr<Corpus> open_corpus(const std::vector<SpecTuple>& shards, const std::string& io) {
   py::gil_scoped_release unlocked;
-  auto corpus = std::make_shared<Corpus>();
-  for (const auto& [path, width, n_tokens, offset] : shards) {
-    corpus->add_file(path, width, n_tokens, offset);
+  auto corpus = std::make_shared<Corpus>(io_from_name(io));
+  for (const auto& [path, width, n_tokens, offset, file_size] : shards) {
+    corpus->add_file({path, width, n_tokens, offset, file_size});
   }
   return corpus;
 }
@@ -58,8 +63,12 @@ std::int64_t* writeable(const py::array& array, const char* name, py::ssize_t se
 
 Batch batch_of(const py::array& x, const py::array& y, std::uint64_t seq_len) {
   const auto T = static_cast<py::ssize_t>(seq_len);
-  const Batch batch{writeable(x, "x", T), writeable(y, "y", T),
-                    static_cast<std::size_t>(x.shape(0)), static_cast<std::size_t>(T)};
+  const Batch batch{writeable(x, "x", T),
+                    writeable(y, "y", T),
+                    nullptr,
+                    0,
+                    static_cast<std::size_t>(x.shape(0)),
+                    static_cast<std::size_t>(T)};
   if (y.shape(0) != x.shape(0)) throw std::invalid_argument("x and y differ in their rows");
   const std::size_t size = batch.rows * batch.seq_len;
   if (batch.x < batch.y + size && batch.y < batch.x + size) {
@@ -68,38 +77,106 @@ Batch batch_of(const py::array& x, const py::array& y, std::uint64_t seq_len) {
   return batch;
 }
 
-// One corpus in one order. It keeps both alive.
-class BatchReader {
+Batch windows_of(const py::array& windows, std::uint64_t seq_len, int width) {
+  const bool is_u16 = py::isinstance<py::array_t<std::uint16_t, py::array::c_style>>(windows);
+  const bool is_u32 = py::isinstance<py::array_t<std::uint32_t, py::array::c_style>>(windows);
+  if (!windows.writeable() || !((is_u16 && width == 2) || is_u32)) {
+    throw std::invalid_argument("windows must be a writeable C-contiguous uint" +
+                                std::to_string(8 * width) + " array");
+  }
+  if (windows.ndim() != 2 || windows.shape(1) != static_cast<py::ssize_t>(seq_len) + 1) {
+    throw std::invalid_argument("windows must be (rows, " + std::to_string(seq_len) + " + 1)");
+  }
+  return {nullptr,
+          nullptr,
+          static_cast<std::byte*>(const_cast<void*>(windows.data())),
+          is_u16 ? 2 : 4,
+          static_cast<std::size_t>(windows.shape(0)),
+          static_cast<std::size_t>(seq_len)};
+}
+
+std::shared_ptr<BatchSource> make_source(std::shared_ptr<const Corpus> corpus,
+                                         std::shared_ptr<const SampleOrder> order,
+                                         const std::string& kernel) {
+  return std::make_shared<BatchSource>(std::move(corpus), std::move(order),
+                                       kernel_from_name(kernel));
+}
+
+std::uint32_t read_batch(const BatchSource& source, std::uint64_t first, const Batch& batch,
+                         std::uint64_t next) {
+  py::gil_scoped_release unlocked;
+  BatchSource::Work work;
+  return source.read(first, batch, next, false, work);
+}
+
+std::uint32_t read_pair(const BatchSource& source, std::uint64_t first, const py::array& x,
+                        const py::array& y, std::uint64_t next) {
+  return read_batch(source, first, batch_of(x, y, source.seq_len()), next);
+}
+
+std::uint32_t read_windows(const BatchSource& source, std::uint64_t first,
+                           const py::array& windows, std::uint64_t next) {
+  return read_batch(source, first, windows_of(windows, source.seq_len(), source.width()), next);
+}
+
+// The ring, and the arrays that its slots are.
+class PyRing {
  public:
-  BatchReader(std::shared_ptr<const Corpus> corpus, std::shared_ptr<const SampleOrder> order,
-              const std::string& kernel)
-      : corpus_(std::move(corpus)), order_(std::move(order)), kernel_(kernel_from_name(kernel)) {
-    if (corpus_->n_tokens() != order_->n_tokens()) {
-      throw std::invalid_argument("the order is for " + std::to_string(order_->n_tokens()) +
-                                  " tokens, the corpus has " + std::to_string(corpus_->n_tokens()));
+  PyRing(const std::shared_ptr<const BatchSource>& source, const Plan& plan,
+         const std::vector<py::tuple>& slots, std::size_t low_water)
+      : slots_(slots) {
+    std::vector<Batch> batches;
+    for (const py::tuple& slot : slots) {
+      batches.push_back(slot.size() == 2
+                            ? batch_of(slot[0], slot[1], source->seq_len())
+                            : windows_of(slot[0], source->seq_len(), source->width()));
+    }
+    ring_ = std::make_unique<Ring>(source, plan, std::move(batches), low_water);
+  }
+  ~PyRing() {
+    if (ring_->is_forked()) {
+      // The thread is not in this process, and waits on what would be destroyed: leave all of it.
+      static_cast<void>(ring_.release());
+      return;
+    }
+    py::gil_scoped_release unlocked;  // the worker is waited for
+    ring_.reset();
+  }
+
+  // (slot, largest token id); the interpreter can be interrupted while the worker is behind.
+  std::pair<std::size_t, std::uint32_t> take() {
+    using std::chrono::milliseconds;
+    if (ring_->is_forked()) {
+      throw DataError("a batch in a forked process",
+                      "the worker that reads ahead is in the process that was forked",
+                      "make the loader after the fork, or without prefetch");
+    }
+    Ring::Taken taken{};
+    if (ring_->take(milliseconds(0), taken)) return {taken.slot, taken.largest};
+    while (true) {
+      {
+        py::gil_scoped_release unlocked;
+        if (ring_->take(milliseconds(100), taken)) return {taken.slot, taken.largest};
+      }
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
   }
-
-  std::uint32_t read(std::uint64_t first_sample, const py::array& x, const py::array& y,
-                     std::uint64_t next_sample) const {
-    const Batch batch = batch_of(x, y, order_->seq_len());
-    py::gil_scoped_release unlocked;
-    // Prefetching 4 rows ahead hides the latency: 8, 16 and 32 measured the same, and without any
-    // a batch takes 1.2 times (B8 T1024) to 2.7 times (B64 T256) longer.
-    const std::size_t upcoming = std::min(batch.rows, kMaxUpcoming);
-    std::vector<std::uint64_t> starts(batch.rows + upcoming);
-    order_->starts(first_sample, batch.rows, starts.data());
-    order_->starts(next_sample, upcoming, starts.data() + batch.rows);
-    return gather(*corpus_, starts.data(), upcoming, batch, kernel_);
-  }
+  void release(std::size_t count) { ring_->release(count); }
+  std::uint64_t batches() const { return ring_->batches_taken(); }
+  std::uint64_t waits() const { return ring_->times_waited(); }
 
  private:
-  static constexpr std::size_t kMaxUpcoming = 4;
-
-  std::shared_ptr<const Corpus> corpus_;
-  std::shared_ptr<const SampleOrder> order_;
-  Kernel kernel_;
+  std::vector<py::tuple> slots_;
+  std::unique_ptr<Ring> ring_;
 };
+
+std::unique_ptr<PyRing> make_ring(std::shared_ptr<const BatchSource> source, std::uint64_t first,
+                                  std::uint64_t global_batch, std::uint64_t share,
+                                  std::uint64_t rows, const std::vector<py::tuple>& slots,
+                                  std::size_t low_water) {
+  return std::make_unique<PyRing>(source, Plan{first, global_batch, share, rows}, slots,
+                                  low_water);
+}
 
 std::uint32_t gather_starts(const Corpus& corpus, const std::vector<std::uint64_t>& starts,
                             const py::array& x, const py::array& y, const std::string& kernel) {
@@ -108,7 +185,8 @@ std::uint32_t gather_starts(const Corpus& corpus, const std::vector<std::uint64_
   if (starts.size() != batch.rows) throw std::invalid_argument("one start per row is needed");
   const Kernel chosen = kernel_from_name(kernel);
   py::gil_scoped_release unlocked;
-  return gather(corpus, starts.data(), 0, batch, chosen);
+  std::vector<std::byte> scratch;
+  return gather(corpus, starts.data(), 0, false, batch, chosen, scratch);
 }
 
 py::array_t<std::int64_t> to_array(const std::vector<std::uint64_t>& values) {
@@ -155,6 +233,8 @@ void translate(std::exception_ptr pointer) {
     std::rethrow_exception(pointer);
   } catch (const DataError& error) {
     raise_as("DataError", error);
+  } catch (const DataChangedError& error) {
+    raise_as("DataChangedError", error);
   } catch (const IntegrityError& error) {
     raise_as("IntegrityError", error);
   } catch (const std::out_of_range& error) {
@@ -171,13 +251,15 @@ PYBIND11_MODULE(_native, m) {
   m.attr("ALGORITHM") = kAlgorithm;
   py::register_local_exception_translator(translate);
 
+  m.def("is_remote", is_remote, py::arg("path"));
+  m.def("resident_share", resident_share, py::arg("path"));
   m.def("best_kernel", [] { return kernel_name(best_kernel()); });
   m.def("available_kernels", kernel_names);
   m.def("gather", gather_starts, py::arg("corpus"), py::arg("starts"), py::arg("x"), py::arg("y"),
         py::arg("kernel") = "auto");
 
   py::class_<Corpus, std::shared_ptr<Corpus>>(m, "Corpus")
-      .def_static("open", open_corpus, py::arg("shards"))
+      .def_static("open", open_corpus, py::arg("shards"), py::arg("io") = "mmap")
       .def_static("wrap", wrap_tokens, py::arg("tokens"), py::keep_alive<0, 1>())
       .def_property_readonly("n_tokens", &Corpus::n_tokens);
 
@@ -196,11 +278,22 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("n_windows", &SampleOrder::n_windows)
       .def("starts", order_starts, py::arg("first_sample"), py::arg("count"));
 
-  py::class_<BatchReader>(m, "BatchReader")
-      .def(py::init<std::shared_ptr<const Corpus>, std::shared_ptr<const SampleOrder>,
-                    const std::string&>(),
+  py::class_<BatchSource, std::shared_ptr<BatchSource>>(m, "BatchReader")
+      .def(py::init(&make_source),
            // The Python corpus, not only the C++ one: it may be what keeps wrapped tokens alive.
            py::keep_alive<1, 2>(), py::arg("corpus"), py::arg("order"), py::arg("kernel") = "auto")
-      .def("read", &BatchReader::read, py::arg("first_sample"), py::arg("x"), py::arg("y"),
-           py::arg("next_sample"));
+      .def("read", read_pair, py::arg("first_sample"), py::arg("x"), py::arg("y"),
+           py::arg("next_sample"))
+      .def("read_windows", read_windows, py::arg("first_sample"), py::arg("windows"),
+           py::arg("next_sample"))
+      .def_property_readonly("width", &BatchSource::width);
+
+  py::class_<PyRing>(m, "Ring")
+      .def(py::init(&make_ring), py::keep_alive<1, 2>(), py::arg("reader"), py::arg("first"),
+           py::arg("global_batch"), py::arg("share"), py::arg("rows"), py::arg("slots"),
+           py::arg("low_water"))
+      .def("take", &PyRing::take)
+      .def("release", &PyRing::release, py::arg("count"))
+      .def_property_readonly("batches", &PyRing::batches)
+      .def_property_readonly("waits", &PyRing::waits);
 }

@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 #include "errors.h"
 
@@ -14,6 +15,11 @@ namespace {
 
 // Positions are handed to Python and to int64 arrays, so they stay below 2^63.
 constexpr std::uint64_t kMaxTokens = std::numeric_limits<std::int64_t>::max();
+constexpr std::uint64_t kCacheLine = 64;
+constexpr std::size_t kMaxOpen = 256;  // of the 1024 files that a process may usually have open
+// A fault maps up to 16 pages around it.
+constexpr std::uint64_t kBytesAFault = 64 << 10;
+constexpr std::uint64_t kMaxMapped = std::uint64_t{512} << 20;
 
 void check_width(int width) {
   if (width != 2 && width != 4) {
@@ -23,24 +29,24 @@ void check_width(int width) {
 
 }  // namespace
 
-void Corpus::add_file(const std::string& path, int width, std::uint64_t n_tokens,
-                      std::uint64_t offset) {
-  check_width(width);
-  const auto unit = static_cast<std::uint64_t>(width);
-  if (offset % unit != 0) {
+void Corpus::add_file(const ShardSpec& spec) {
+  check_width(spec.width);
+  const auto unit = static_cast<std::uint64_t>(spec.width);
+  if (spec.offset % unit != 0) {
     throw std::invalid_argument("the header offset must be a multiple of the width");
   }
-  MappedFile file(path);
-  if (offset > file.size() || n_tokens > (file.size() - offset) / unit) {
-    throw IntegrityError("shard " + path,
-                         std::to_string(file.size()) + " bytes, too few for " +
-                             std::to_string(n_tokens) + " tokens of " + std::to_string(width) +
-                             " bytes after a header of " + std::to_string(offset),
-                         "the file changed while it was being opened: start again");
+  if (spec.offset > spec.file_size || spec.n_tokens > (spec.file_size - spec.offset) / unit) {
+    throw IntegrityError("shard " + spec.path,
+                         std::to_string(spec.file_size) + " bytes, too few for " +
+                             std::to_string(spec.n_tokens) + " tokens of " +
+                             std::to_string(spec.width) + " bytes after a header of " +
+                             std::to_string(spec.offset),
+                         "prepare the dataset again");
   }
-  const std::byte* tokens = file.data() ? file.data() + offset : nullptr;
-  files_.push_back(std::move(file));
-  add({tokens, n_tokens, width});
+  auto file = std::make_unique<ShardFile>(spec.path, spec.file_size, io_);
+  if (io_ == Io::kMemory) file->data();
+  file_bytes_ += spec.file_size;
+  add({std::move(file), nullptr, spec.n_tokens, spec.offset, spec.width});
 }
 
 void Corpus::add_memory(const std::byte* tokens, int width, std::uint64_t n_tokens) {
@@ -48,16 +54,67 @@ void Corpus::add_memory(const std::byte* tokens, int width, std::uint64_t n_toke
   if (reinterpret_cast<std::uintptr_t>(tokens) % static_cast<std::uintptr_t>(width) != 0) {
     throw std::invalid_argument("the tokens are not aligned to their width");
   }
-  add({tokens, n_tokens, width});
+  add({nullptr, tokens, n_tokens, 0, width});
 }
 
-void Corpus::add(const Span& shard) {
+void Corpus::add(Shard shard) {
   const std::uint64_t before = n_tokens();
   if (shard.n_tokens > kMaxTokens - before) {
     throw std::overflow_error("a corpus holds fewer than 2^63 tokens");
   }
-  shards_.push_back(shard);
   ends_.push_back(before + shard.n_tokens);
+  is_open_.push_back(false);
+  width_ = std::max(width_, shard.width);
+  shards_.push_back(std::move(shard));
+}
+
+const std::byte* Corpus::read(Shard& shard, std::size_t index, std::uint64_t at,
+                              std::uint64_t count, std::vector<std::byte>& scratch) const {
+  const auto bytes = static_cast<std::size_t>(count * static_cast<std::uint64_t>(shard.width));
+  if (scratch.size() < bytes) scratch.resize(bytes);
+  shard.file->read(at, bytes, scratch.data());
+  note_open(index);
+  return scratch.data();
+}
+
+void Corpus::note_open(std::size_t index) const {
+  if (shards_.size() <= kMaxOpen) return;
+  const std::lock_guard<std::mutex> lock(open_mutex_);
+  if (is_open_[index]) return;
+  is_open_[index] = true;
+  open_.push_back(index);
+  if (open_.size() > kMaxOpen) {
+    const std::size_t oldest = open_.front();
+    open_.pop_front();
+    is_open_[oldest] = false;
+    shards_[oldest].file->rest();
+  }
+}
+
+void Corpus::prefetch(std::uint64_t start, std::uint64_t count) const {
+  const std::size_t index = shard_of(start);
+  Shard& shard = shards_[index];
+  const std::uint64_t skipped = start - (ends_[index] - shard.n_tokens);
+  const auto width = static_cast<std::uint64_t>(shard.width);
+  const std::uint64_t bytes = std::min(count, shard.n_tokens - skipped) * width;
+  const std::uint64_t at = shard.offset + skipped * width;
+  if (!shard.memory && io_ == Io::kRead) {
+    shard.file->will_need(at, static_cast<std::size_t>(bytes));
+    note_open(index);
+    return;
+  }
+  const std::byte* tokens = shard.memory ? shard.memory + at : shard.file->data() + at;
+  for (std::uint64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(tokens + i);
+}
+
+void Corpus::touched(std::uint64_t windows) const {
+  if (io_ != Io::kMap || file_bytes_ <= kMaxMapped) return;
+  const std::uint64_t all = windows_touched_.fetch_add(windows, std::memory_order_relaxed) + windows;
+  if (all * kBytesAFault < kMaxMapped) return;
+  windows_touched_.store(0, std::memory_order_relaxed);
+  for (Shard& shard : shards_) {
+    if (shard.file) shard.file->forget_pages();
+  }
 }
 
 }  // namespace mypt::data

@@ -2,12 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
-#include "mapped_file.h"
+#include "shard_file.h"
 
 namespace mypt::data {
 
@@ -19,20 +23,33 @@ struct Span {
   int width;
 };
 
+// Where the tokens of one file lie, as they were validated.
+struct ShardSpec {
+  std::string path;
+  int width;
+  std::uint64_t n_tokens;
+  std::uint64_t offset;     // bytes before the first token
+  std::uint64_t file_size;  // bytes
+};
+
 class Corpus {
  public:
-  Corpus() = default;
-  Corpus(Corpus&&) = default;
+  explicit Corpus(Io io = Io::kMap) : io_(io) {}
   Corpus(const Corpus&) = delete;
   Corpus& operator=(const Corpus&) = delete;
 
-  // Map a file; n_tokens is what the caller validated, and the file must still have that size.
-  void add_file(const std::string& path, int width, std::uint64_t n_tokens, std::uint64_t offset);
+  void add_file(const ShardSpec& spec);
 
   // Refer to tokens that the caller keeps alive and unchanged.
   void add_memory(const std::byte* tokens, int width, std::uint64_t n_tokens);
 
   std::uint64_t n_tokens() const noexcept { return ends_.empty() ? 0 : ends_.back(); }
+
+  // Bytes of the widest token.
+  int width() const noexcept { return width_; }
+
+  // Whether tokens are copied by system calls, not read where they lie.
+  bool is_read() const noexcept { return io_ == Io::kRead; }
 
   // Whether [start, start + count) lies in the corpus; never overflows.
   bool contains(std::uint64_t start, std::uint64_t count) const noexcept {
@@ -46,20 +63,51 @@ class Corpus {
                                     ends_.begin());
   }
 
-  // The tokens of one shard from `token` on, at most `count` of them.
-  Span span(std::size_t shard, std::uint64_t token, std::uint64_t count) const noexcept {
-    const Span& s = shards_[shard];
+  // The tokens of one shard from `token` on, at most `count` of them. Where they must be read they
+  // go to `scratch`, which grows as needed.
+  Span span(std::size_t shard, std::uint64_t token, std::uint64_t count,
+            std::vector<std::byte>& scratch) const {
+    Shard& s = shards_[shard];
     const std::uint64_t skipped = token - (ends_[shard] - s.n_tokens);
-    return {s.tokens + skipped * static_cast<std::uint64_t>(s.width),
-            std::min(count, s.n_tokens - skipped), s.width};
+    const std::uint64_t n = std::min(count, s.n_tokens - skipped);
+    const auto width = static_cast<std::uint64_t>(s.width);
+    if (s.memory) return {s.memory + skipped * width, n, s.width};
+    const std::uint64_t at = s.offset + skipped * width;
+    if (io_ != Io::kRead) return {s.file->data() + at, n, s.width};
+    return {read(s, shard, at, n, scratch), n, s.width};
   }
 
- private:
-  void add(const Span& shard);
+  // Ask for [start, start + count) ahead of time: the cache, or the disk under Io::kRead. A page
+  // that is not resident is left alone by a prefetch into the cache.
+  void prefetch(std::uint64_t start, std::uint64_t count) const;
 
-  std::vector<MappedFile> files_;
-  std::vector<Span> shards_;
-  std::vector<std::uint64_t> ends_;  // prefix sums: shard i ends before token ends_[i]
+  // Under Io::kMap: note that windows were read, and give pages back now and then, so that what
+  // the process holds does not grow to the size of the data.
+  void touched(std::uint64_t windows) const;
+
+ private:
+  struct Shard {
+    std::unique_ptr<ShardFile> file;
+    const std::byte* memory;  // or null
+    std::uint64_t n_tokens;
+    std::uint64_t offset;
+    int width;
+  };
+
+  void add(Shard shard);
+  const std::byte* read(Shard& shard, std::size_t index, std::uint64_t at, std::uint64_t count,
+                        std::vector<std::byte>& scratch) const;
+  void note_open(std::size_t index) const;
+
+  const Io io_;
+  int width_ = 2;
+  std::uint64_t file_bytes_ = 0;
+  mutable std::deque<Shard> shards_;  // files open themselves when they are first read
+  std::vector<std::uint64_t> ends_;   // prefix sums: shard i ends before token ends_[i]
+  mutable std::atomic<std::uint64_t> windows_touched_{0};
+  mutable std::mutex open_mutex_;
+  mutable std::deque<std::size_t> open_;  // under Io::kRead, the oldest first
+  mutable std::vector<bool> is_open_;
 };
 
 }  // namespace mypt::data

@@ -1,4 +1,4 @@
-// The two ways data can be unusable; bindings.cpp turns them into mypt_fast.errors.
+// The ways data can be unusable; bindings.cpp turns them into mypt_fast.errors.
 #pragma once
 
 #include <stdexcept>
@@ -24,6 +24,11 @@ class DataError : public Error {
 
 class IntegrityError : public Error {
   using Error::Error;
+};
+
+// A file that is not what it was when it was validated.
+class DataChangedError : public IntegrityError {
+  using IntegrityError::IntegrityError;
 };
 
 }  // namespace mypt::data

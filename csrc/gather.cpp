@@ -8,18 +8,8 @@
 namespace mypt::data {
 namespace {
 
-constexpr std::uint64_t kCacheLine = 64;
-
-// DRAM latency hides behind the copy of earlier rows. A page that is not resident is left alone:
-// a prefetch never faults.
-void prefetch(const Corpus& corpus, std::uint64_t start, std::uint64_t count) {
-  const Span span = corpus.span(corpus.shard_of(start), start, count);
-  const std::uint64_t bytes = span.n_tokens * static_cast<std::uint64_t>(span.width);
-  for (std::uint64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(span.tokens + at);
-}
-
 template <class Token>
-std::uint32_t copy_span(const Token* tokens, std::size_t n, std::size_t done, const Batch& batch,
+std::uint32_t copy_pair(const Token* tokens, std::size_t n, std::size_t done, const Batch& batch,
                         std::size_t row, const Widen<Token>& widen) {
   std::int64_t* x = batch.x + row * batch.seq_len;
   std::int64_t* y = batch.y + row * batch.seq_len;
@@ -30,12 +20,26 @@ std::uint32_t copy_span(const Token* tokens, std::size_t n, std::size_t done, co
   return std::max(largest, widen.one(tokens + skip, n - skip, y + done + skip - 1));
 }
 
+template <class Token>
+std::uint32_t copy_span(const Token* tokens, std::size_t n, std::size_t done, const Batch& batch,
+                        std::size_t row, const Widen<Token>& widen) {
+  if (!batch.windows) return copy_pair(tokens, n, done, batch, row, widen);
+  const std::size_t at = row * (batch.seq_len + 1) + done;
+  if (batch.width == 4) {
+    return widen.narrow32(tokens, n, reinterpret_cast<std::uint32_t*>(batch.windows) + at);
+  }
+  if constexpr (sizeof(Token) == 2) {
+    return widen.narrow16(tokens, n, reinterpret_cast<std::uint16_t*>(batch.windows) + at);
+  }
+  throw std::invalid_argument("4-byte tokens do not fit windows of 2 bytes");
+}
+
 std::uint32_t copy_row(const Corpus& corpus, std::uint64_t start, const Batch& batch,
-                       std::size_t row, const Kernels& kernels) {
+                       std::size_t row, const Kernels& kernels, std::vector<std::byte>& scratch) {
   std::uint32_t largest = 0;
   std::size_t shard = corpus.shard_of(start);
   for (std::size_t done = 0, total = batch.seq_len + 1; done < total; ++shard) {
-    const Span span = corpus.span(shard, start + done, total - done);
+    const Span span = corpus.span(shard, start + done, total - done, scratch);
     const auto n = static_cast<std::size_t>(span.n_tokens);
     if (n == 0) continue;  // an empty shard between two others
     const std::uint32_t seen =
@@ -53,10 +57,12 @@ std::uint32_t copy_row(const Corpus& corpus, std::uint64_t start, const Batch& b
 }  // namespace
 
 std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::size_t upcoming,
-                     const Batch& batch, Kernel kernel) {
+                     bool advised, const Batch& batch, Kernel kernel,
+                     std::vector<std::byte>& scratch) {
   const std::size_t known = batch.rows + upcoming;
+  const std::uint64_t length = std::uint64_t{batch.seq_len} + 1;
   for (std::size_t i = 0; i < known; ++i) {
-    if (!corpus.contains(starts[i], std::uint64_t{batch.seq_len} + 1)) {
+    if (!corpus.contains(starts[i], length)) {
       throw std::out_of_range("window at token " + std::to_string(starts[i]) + " of length " +
                               std::to_string(batch.seq_len) + " + 1 leaves the corpus of " +
                               std::to_string(corpus.n_tokens()));
@@ -64,10 +70,19 @@ std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::siz
   }
   const Kernels& kernels = kernels_for(kernel);
   std::uint32_t largest = 0;
-  for (std::size_t row = 0; row < batch.rows; ++row) {
-    if (row + upcoming < known) prefetch(corpus, starts[row + upcoming], batch.seq_len + 1);
-    largest = std::max(largest, copy_row(corpus, starts[row], batch, row, kernels));
+  if (corpus.is_read()) {
+    // The disk works on all windows at once, and on the next batch's while this one is copied.
+    for (std::size_t i = advised ? batch.rows : 0; i < known; ++i) {
+      corpus.prefetch(starts[i], length);
+    }
+    upcoming = 0;
   }
+  for (std::size_t row = 0; row < batch.rows; ++row) {
+    // DRAM latency hides behind the copy of earlier rows.
+    if (upcoming && row + upcoming < known) corpus.prefetch(starts[row + upcoming], length);
+    largest = std::max(largest, copy_row(corpus, starts[row], batch, row, kernels, scratch));
+  }
+  corpus.touched(batch.rows);
   return largest;
 }
 

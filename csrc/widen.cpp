@@ -26,9 +26,22 @@ std::uint32_t pair_scalar(const Token* src, std::size_t n, std::int64_t* x, std:
   return std::max(one_scalar(src, n, x), one_scalar(src + 1, n, y));
 }
 
+// Plain loops: compilers know how to make a copy with a maximum of vectors.
+template <class Token, class Out>
+std::uint32_t narrow_scalar(const Token* src, std::size_t n, Out* dst) {
+  Token largest = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    dst[i] = src[i];
+    largest = std::max(largest, src[i]);
+  }
+  return largest;
+}
+
 constexpr Kernels kScalarKernels = {
-    {one_scalar<std::uint16_t>, pair_scalar<std::uint16_t>},
-    {one_scalar<std::uint32_t>, pair_scalar<std::uint32_t>},
+    {one_scalar<std::uint16_t>, pair_scalar<std::uint16_t>,
+     narrow_scalar<std::uint16_t, std::uint16_t>, narrow_scalar<std::uint16_t, std::uint32_t>},
+    {one_scalar<std::uint32_t>, pair_scalar<std::uint32_t>, nullptr,
+     narrow_scalar<std::uint32_t, std::uint32_t>},
 };
 
 #if defined(__x86_64__)
@@ -106,9 +119,21 @@ MYPT_AVX512 inline void store8_avx512(std::int64_t* dst, __m256i v) {
     if (even == n) return reduce(largest);                                                      \
     return std::max(reduce(largest), pair_scalar(src + even, n - even, x + even, y + even));    \
   }                                                                                             \
+  template <class Token, class Out>                                                             \
+  TARGET std::uint32_t narrow_##NAME(const Token* src, std::size_t n, Out* dst) {               \
+    Token largest = 0;                                                                          \
+    for (std::size_t i = 0; i < n; ++i) {                                                       \
+      dst[i] = src[i];                                                                          \
+      largest = largest < src[i] ? src[i] : largest;                                            \
+    }                                                                                           \
+    return largest;                                                                             \
+  }                                                                                             \
   constexpr Kernels k_##NAME##_kernels = {                                                      \
-      {one_##NAME<std::uint16_t>, pair_##NAME<std::uint16_t>},                                  \
-      {one_##NAME<std::uint32_t>, pair_##NAME<std::uint32_t>},                                  \
+      {one_##NAME<std::uint16_t>, pair_##NAME<std::uint16_t>,                                   \
+       narrow_##NAME<std::uint16_t, std::uint16_t>,                                             \
+       narrow_##NAME<std::uint16_t, std::uint32_t>},                                            \
+      {one_##NAME<std::uint32_t>, pair_##NAME<std::uint32_t>, nullptr,                          \
+       narrow_##NAME<std::uint32_t, std::uint32_t>},                                            \
   };
 
 MYPT_WIDEN(avx2, MYPT_AVX2, store8_avx2)

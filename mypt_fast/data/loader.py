@@ -7,153 +7,19 @@ Arrays only, no torch: a tensor takes part through its `.numpy()` view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mypt_fast.data.annotations import joined_ends
-from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
 from mypt_fast.data.order import ALGORITHM, SampleOrder
-from mypt_fast.data.reader import (
-    BatchReader,
-    Int64,
-    NumpyReader,
-    Tokens,
-    map_shard,
-    narrow,
-    native_module,
-)
-from mypt_fast.errors import DataError
+from mypt_fast.data.prefetch import Allocate, Array, Gate, Plan, Prefetch, aligned
+from mypt_fast.data.reader import BatchReader, Int64
+from mypt_fast.data.tokens import TokenCorpus
+from mypt_fast.errors import DataError, TokenRangeError
 
-BACKENDS = ("auto", "native", "numpy")
 STATE_VERSION = 1
 _MAX_SAMPLES = 1 << 62  # far enough below 2^63 that no sum of positions overflows
-
-
-class TokenCorpus:
-    """A sequence of tokens in shards; windows may cross shard edges, so no token is lost.
-
-    Attributes:
-        n_tokens: tokens in all shards.
-        backend: "native" or "numpy".
-        backend_note: one line for people: which loader runs, and why if it is the slower one.
-        fingerprint: 16 hex digits; two corpora with the same one hold the same tokens.
-    """
-
-    def __init__(self, source: str, names: list[str], sizes: list[int], fingerprint: str) -> None:
-        """Only describe a corpus; use `from_dataset` or `from_tokens`."""
-        self.source, self.fingerprint = source, fingerprint
-        self.n_tokens = sum(sizes)
-        self.backend = self.backend_note = ""
-        self._names = names
-        self._ends = np.cumsum(np.array(sizes, dtype=np.int64))
-        self._native: Any = None
-        self._arrays: list[Tokens] = []
-        self._shards: list[Shard] = []
-        self._closed = False
-
-    @classmethod
-    def from_dataset(
-        cls, dataset_dir: Path | str, split: Split, backend: str = "auto"
-    ) -> TokenCorpus:
-        """Open one split of a dataset directory; its shards are checked first."""
-        shards = open_split(Path(dataset_dir), split)
-        corpus = cls(
-            f"{split} split of {dataset_dir}",
-            [shard.name for shard in shards],
-            [shard.n_tokens for shard in shards],
-            dataset_fingerprint(shards),
-        )
-        corpus._shards = shards
-        if module := corpus._choose(backend):
-            specs = [(str(s.path), s.width, s.n_tokens, s.offset) for s in shards]
-            corpus._native = module.Corpus.open(specs)
-        else:
-            corpus._arrays = [map_shard(shard) for shard in shards]
-        return corpus
-
-    @classmethod
-    def from_tokens(
-        cls, tokens: Sequence[int] | NDArray[np.integer[Any]], backend: str = "auto"
-    ) -> TokenCorpus:
-        """Hold a 1-D sequence of token ids in memory, narrowed to 2 bytes each where they fit."""
-        import xxhash
-
-        array = narrow(np.asarray(tokens))
-        digest = xxhash.xxh3_64_hexdigest(array.astype("<u4").tobytes())
-        corpus = cls("text in memory", ["the text"], [array.size], digest)
-        if module := corpus._choose(backend):
-            corpus._native = module.Corpus.wrap(array)
-        corpus._arrays = [array]
-        return corpus
-
-    def reader(self, order: SampleOrder) -> BatchReader:
-        """Return the reader of this corpus's backend for one sample order."""
-        if self._closed:
-            raise ValueError(f"{self.source} is closed")
-        if self._native is None:
-            return NumpyReader(self._arrays, order)
-        module, _ = native_module()
-        assert module is not None
-        native_order = module.SampleOrder(order.n_tokens, order.seq_len, order.seed, order.kind)
-        reader: BatchReader = module.BatchReader(self._native, native_order)
-        return reader
-
-    def locate(self, token: int) -> tuple[str, int]:
-        """Return the shard name and the position within it of a token of the corpus."""
-        shard = int(np.searchsorted(self._ends, token, side="right"))
-        begin = int(self._ends[shard - 1]) if shard else 0
-        return self._names[shard], token - begin
-
-    def read_span(self, start: int, count: int) -> Tokens:
-        """Return the tokens [start, start + count) of the corpus, from as many shards as it takes.
-
-        Raises:
-            ValueError: they are not in the corpus, or it is closed.
-        """
-        if self._closed or not 0 <= start <= start + count <= self.n_tokens:
-            state = "closed" if self._closed else f"of {self.n_tokens} tokens"
-            raise ValueError(f"tokens [{start}, +{count}) of {self.source}, which is {state}")
-        if not self._arrays:  # the native reader reads windows only
-            self._arrays = [map_shard(shard) for shard in self._shards]
-        parts = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while count:
-            begin = start - (int(self._ends[shard - 1]) if shard else 0)
-            parts.append(self._arrays[shard][begin : begin + count])
-            start, count = start + parts[-1].size, count - parts[-1].size
-            shard += 1
-        return parts[0] if len(parts) == 1 else np.concatenate([self._arrays[0][:0], *parts])
-
-    def document_ends(self) -> NDArray[np.uint64] | None:
-        """Where documents end, ascending; None where the dataset has no index of them."""
-        return joined_ends(self._shards)
-
-    def close(self) -> None:
-        """Let go of the files; readers made before keep theirs until they are dropped."""
-        self._native, self._arrays, self._closed = None, [], True
-
-    def _choose(self, backend: str) -> ModuleType | None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
-        module, problem = native_module() if backend != "numpy" else (None, "asked for")
-        if backend == "native" and module is None:
-            raise DataError(
-                "data loader backend native",
-                problem,
-                "install again with a C++17 compiler, or use backend auto or numpy",
-            )
-        self.backend = "native" if module else "numpy"
-        self.backend_note = (
-            f"data loader: native ({module.best_kernel()})"
-            if module
-            else f"data loader: NumPy ({problem})"
-        )
-        return module
 
 
 class TokenLoader:
@@ -170,7 +36,10 @@ class TokenLoader:
         global_batch: samples per step over all ranks, G; a multiple of world_size.
         rank: whose share `next` reads.
         world_size: number of ranks, W.
-        vocab_size: when given, a token id not below it raises DataError.
+        vocab_size: when given, a token id not below it raises TokenRangeError.
+        prefetch: batches that a thread makes ahead of time; 0 makes each when it is asked for. The
+            NumPy backend has no such thread and makes each then.
+        allocate: makes the arrays of prefetched batches, such as in page-locked memory.
 
     Attributes:
         n_windows: samples per epoch.
@@ -188,7 +57,11 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         vocab_size: int | None = None,
+        prefetch: int = 0,
+        allocate: Allocate = aligned,
     ) -> None:
+        if prefetch < 0 or prefetch == 1:
+            raise ValueError(f"prefetch is 0, or 2 batches or more, not {prefetch}")
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
         if global_batch < 1 or global_batch % world_size:
@@ -206,6 +79,11 @@ class TokenLoader:
         self._share = global_batch // world_size
         self._offset = rank * self._share
         self._vocab_size = vocab_size
+        self._slots = prefetch if corpus.backend == "native" else 0
+        self._allocate = allocate
+        self._ahead: Prefetch | None = None
+        self._ahead_at = -1  # samples of this rank that the worker's next batch begins after
+        self._waits = 0
         self.n_windows = self._order.n_windows
         self.position = 0
         self._taken = 0  # rows of this rank's share of the current step already read
@@ -236,23 +114,104 @@ class TokenLoader:
     def next(
         self, rows: int, x: Int64 | None = None, y: Int64 | None = None
     ) -> tuple[Int64, Int64]:
-        """Read the next rows of this rank's share; the position moves when the share is used up."""
+        """Read the next rows of this rank's share; the position moves when the share is used up.
+
+        Prefetched arrays belong to the loader and change with the next call, or once the gate
+        opens that `hold` put on them.
+        """
+        if self._slots and x is None and y is None and (batch := self._take(rows, False)):
+            x, y = batch
+            return x, y
+        first, following = self._ask(rows)
+        batch = self._fill(first, rows, x, y, following)
+        self._move(rows)
+        return batch
+
+    def next_windows(self, rows: int) -> Array:
+        """Read the next rows as (rows, T + 1) tokens of the corpus's own width, uint16 or uint32.
+
+        Inputs are all columns but the last, targets all but the first: a fourth of the bytes of
+        int64 inputs alone, for a device that widens them. See `next`.
+        """
+        if self._slots and (batch := self._take(rows, True)):
+            return batch[0]
+        first, following = self._ask(rows)
+        reader = self._open_reader()
+        dtype = np.uint16 if reader.width == 2 else np.uint32
+        windows = np.empty((rows, self._order.seq_len + 1), dtype)
+        self._check_tokens(first, reader.read_windows(first, windows, following), windows)
+        self._move(rows)
+        return windows
+
+    def hold(self, gate: Gate) -> None:
+        """Keep the arrays of the batch read last until `gate` opens: a copy still reads them."""
+        if self._ahead is not None:
+            self._ahead.hold(gate)
+
+    def stats(self) -> dict[str, Any]:
+        """How tokens are reached, and how often a batch was not ready when it was asked for."""
+        waits = self._waits + (self._ahead.waits if self._ahead else 0)
+        return {"backend": self._corpus.backend, "io": self._corpus.io, "waits": waits}
+
+    def _ask(self, rows: int) -> tuple[int, int]:
+        """The first sample of the next rows, and of what is read after them."""
         taken = self._taken + rows
         if rows < 1 or taken > self._share:
             left = self._share - self._taken
             raise ValueError(f"{rows} rows asked; {left} of this rank's {self._share} are left")
         first = self.position + self._offset + self._taken
-        is_last = taken == self._share
-        following = first + rows + (self._global_batch - self._share if is_last else 0)
-        batch = self._fill(first, rows, x, y, following)
-        if is_last:
+        others = self._global_batch - self._share if taken == self._share else 0
+        return first, first + rows + others
+
+    def _move(self, rows: int) -> None:
+        """Count rows that were handed out."""
+        self._taken += rows
+        if self._taken == self._share:
             self.position, self._taken = self.position + self._global_batch, 0
-        else:
-            self._taken = taken
-        return batch
+
+    def _take(self, rows: int, narrow: bool) -> tuple[Array, ...] | None:
+        """A batch from the worker; None within a step that it was not set to from the start."""
+        first, following = self._ask(rows)
+        ahead = self._ahead
+        if ahead is None or (self._ahead_at, ahead.narrow, ahead.next_rows) != (
+            first, narrow, rows,
+        ):  # fmt: skip
+            self._stop_ahead()
+            if self._taken:
+                return None
+            ahead = self._start_ahead(first, rows, narrow)
+        try:
+            arrays, largest = ahead.take()
+            self._check_tokens(first, largest, *arrays)
+        except BaseException:
+            self._stop_ahead()  # it is past what was handed out
+            raise
+        self._ahead_at = following
+        self._move(rows)
+        return arrays
+
+    def _start_ahead(self, first: int, rows: int, narrow: bool) -> Prefetch:
+        plan = Plan(first, self._global_batch, self._share, rows)
+        self._ahead = Prefetch(
+            self._open_reader(), plan, self._order.seq_len, narrow, self._slots, self._allocate
+        )
+        return self._ahead
+
+    def _open_reader(self) -> BatchReader:
+        if self._reader is None:
+            raise ValueError("the loader is closed")
+        return self._reader
+
+    def _stop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._waits += self._ahead.waits
+            self._ahead.close()
+            self._ahead = None
 
     def rewind_step(self) -> None:
         """Go back to the start of the current, unfinished step."""
+        if self._taken:
+            self._stop_ahead()
         self._taken = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,11 +249,16 @@ class TokenLoader:
             or not 0 <= sample < _MAX_SAMPLES
         ):
             raise DataError("resuming the data position", f"global_sample is {sample!r}")
+        self._stop_ahead()
         self.position, self._taken = sample, 0
 
     def close(self) -> None:
-        """Drop the reader; the corpus stays open for others."""
+        """Stop the worker and drop the reader; the corpus stays open for others."""
+        self._stop_ahead()
         self._reader = None
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a TokenLoader holds files and a thread: pass its arguments and its state")
 
     def __enter__(self) -> TokenLoader:
         return self
@@ -322,26 +286,27 @@ class TokenLoader:
     def _fill(
         self, first: int, rows: int, x: Int64 | None, y: Int64 | None, following: int
     ) -> tuple[Int64, Int64]:
-        if self._reader is None:
-            raise ValueError("the loader is closed")
+        reader = self._open_reader()
         shape = (rows, self._order.seq_len)
         x = np.empty(shape, dtype=np.int64) if x is None else x
         y = np.empty(shape, dtype=np.int64) if y is None else y
         if x.shape != shape:
             raise ValueError(f"x must be {shape}, not {x.shape}")
-        largest = self._reader.read(first, x, y, following)
-        if self._vocab_size is not None and largest >= self._vocab_size:
-            self._refuse_token(first, x, y)
+        largest = reader.read(first, x, y, following)
+        self._check_tokens(first, largest, x, y)
         return x, y
 
-    def _refuse_token(self, first: int, x: Int64, y: Int64) -> None:
-        span = np.concatenate([x, y[:, -1:]], axis=1)
-        row, column = (int(v) for v in np.argwhere(span >= self._vocab_size)[0])
+    def _check_tokens(self, first: int, largest: int, *parts: Array) -> None:
+        """Refuse ids that the model has no embedding for, in windows or in inputs and targets."""
+        if self._vocab_size is None or largest < self._vocab_size:
+            return
+        windows = np.concatenate([parts[0], *(y[:, -1:] for y in parts[1:])], axis=1)
+        row, column = (int(v) for v in np.argwhere(windows >= self._vocab_size)[0])
         start = int(self._order.starts(first + row, 1)[0])
         name, position = self._corpus.locate(start + column)
-        raise DataError(
+        raise TokenRangeError(
             f"token {position} of {name} ({self._corpus.source})",
-            f"id {span[row, column]}, where vocab_size is {self._vocab_size}",
+            f"id {windows[row, column]}, where vocab_size is {self._vocab_size}",
             "the data was written with another tokenizer than the model's: prepare it again, or "
             "use a model whose vocab_size covers it",
         )

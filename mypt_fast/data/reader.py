@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from mypt_fast.data.format import Shard
 from mypt_fast.data.order import ALGORITHM, SampleOrder
-from mypt_fast.errors import DataError, IntegrityError
+from mypt_fast.errors import DataChangedError, DataError, IntegrityError
 
 Int64 = NDArray[np.int64]
 Tokens = NDArray[np.unsignedinteger[Any]]
@@ -25,8 +26,17 @@ class BatchReader(Protocol):
     It returns the largest token id read. `next_sample` is a hint: where the next call will read.
     """
 
+    @property
+    def width(self) -> int:
+        """Bytes of the corpus's widest token."""
+        ...
+
     def read(self, first_sample: int, x: Int64, y: Int64, next_sample: int) -> int:
         """Fill the rows of x and y with consecutive samples."""
+        ...
+
+    def read_windows(self, first_sample: int, windows: Tokens, next_sample: int) -> int:
+        """Fill the rows of `windows`, each seq_len + 1 tokens, with consecutive samples."""
         ...
 
 
@@ -55,6 +65,23 @@ def map_shard(shard: Shard) -> Tokens:
     return np.asarray(mapped)  # indexing a plain array is twice as fast as a memmap
 
 
+def load_shard(shard: Shard) -> Tokens:
+    """Copy the tokens of one shard into memory."""
+    try:
+        tokens = np.fromfile(
+            shard.path, f"<u{shard.width}", count=shard.n_tokens, offset=shard.offset
+        )
+    except OSError as error:
+        raise DataError(f"shard {shard.path}", f"cannot be read: {error}") from error
+    if tokens.size != shard.n_tokens:
+        raise DataChangedError(
+            f"shard {shard.path}",
+            f"{tokens.size} tokens, where {shard.n_tokens} were validated",
+            "the file changed while it was being opened: start again",
+        )
+    return tokens
+
+
 def narrow(tokens: NDArray[Any]) -> Tokens:
     """Copy token ids into uint16, or uint32 where they need it."""
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
@@ -71,6 +98,7 @@ class NumpyReader:
     def __init__(self, arrays: list[Tokens], order: SampleOrder) -> None:
         self._order = order
         self._arrays = [array for array in arrays if array.size]
+        self._width = max((array.itemsize for array in self._arrays), default=2)
         self._ends = np.cumsum([array.size for array in self._arrays])
         self._begins = self._ends - [array.size for array in self._arrays]
         width = order.seq_len + 1
@@ -82,24 +110,40 @@ class NumpyReader:
         self._block_first = 0
         self._block = np.empty(0, dtype=np.int64)
 
+    @property
+    def width(self) -> int:
+        """See BatchReader."""
+        return self._width
+
     def read(self, first_sample: int, x: Int64, y: Int64, next_sample: int) -> int:
         """See BatchReader; the hint is of no use here."""
         del next_sample
+        _check_buffers(x, y, self._order.seq_len)
+        for rows, block in self._blocks(first_sample, len(x)):
+            x[rows], y[rows] = block[:, :-1], block[:, 1:]
+        return max(int(x.max()), int(y.max())) if x.size else 0
+
+    def read_windows(self, first_sample: int, windows: Tokens, next_sample: int) -> int:
+        """See BatchReader."""
+        del next_sample
+        _check_windows(windows, self._order.seq_len, self.width)
+        for rows, block in self._blocks(first_sample, len(windows)):
+            windows[rows] = block
+        return int(windows.max()) if windows.size else 0
+
+    def _blocks(self, first_sample: int, count: int) -> Iterator[tuple[Any, Tokens]]:
+        """Rows of a batch, and the windows that go there."""
         T = self._order.seq_len
-        _check_buffers(x, y, T)
-        starts = self._starts(first_sample, len(x))
+        starts = self._starts(first_sample, count)
         shards = np.searchsorted(self._ends, starts, side="right")
         whole = starts + T + 1 <= self._ends[shards]
         for shard in np.unique(shards[whole]).tolist():
             rows = whole & (shards == shard)
             block = self._windows[shard][starts[rows] - self._begins[shard]]
             # Assigning to all rows is several times faster than to a selection of them.
-            where = slice(None) if rows.all() else rows
-            x[where], y[where] = block[:, :-1], block[:, 1:]
+            yield (slice(None) if rows.all() else rows), block
         for row in np.flatnonzero(~whole).tolist():
-            span = self._span(int(starts[row]), T + 1, int(shards[row]))
-            x[row], y[row] = span[:-1], span[1:]
-        return max(int(x.max()), int(y.max())) if x.size else 0
+            yield slice(row, row + 1), self._span(int(starts[row]), T + 1, int(shards[row]))[None]
 
     def _starts(self, first_sample: int, rows: int) -> Int64:
         offset = first_sample - self._block_first
@@ -108,12 +152,12 @@ class NumpyReader:
             offset, self._block_first = 0, first_sample
         return self._block[offset : offset + rows]
 
-    def _span(self, start: int, count: int, shard: int) -> Int64:
+    def _span(self, start: int, count: int, shard: int) -> Tokens:
         """Collect tokens from as many shards as they lie in."""
         parts, begin = [], start - int(self._begins[shard])
         while count:
             part = self._arrays[shard][begin : begin + count]
-            parts.append(part.astype(np.int64))
+            parts.append(part)
             count, shard, begin = count - part.size, shard + 1, 0
         return np.concatenate(parts)
 
@@ -129,3 +173,12 @@ def _check_buffers(x: Int64, y: Int64, seq_len: int) -> None:
         raise ValueError(f"x and y differ in shape: {x.shape} and {y.shape}")
     if np.may_share_memory(x, y):
         raise ValueError("x and y overlap")
+
+
+def _check_windows(windows: Tokens, seq_len: int, width: int) -> None:
+    flags, itemsize = windows.flags, windows.dtype.itemsize
+    fits = windows.dtype.kind == "u" and itemsize in (width, 4)
+    if not fits or not flags.c_contiguous or not flags.writeable:
+        raise ValueError(f"windows must be a writeable C-contiguous uint{8 * width} array")
+    if windows.ndim != 2 or windows.shape[1] != seq_len + 1:
+        raise ValueError(f"windows must be (rows, {seq_len} + 1), not {windows.shape}")

@@ -11,7 +11,8 @@ import numpy as np
 
 from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
-from mypt_fast.data.loader import TokenCorpus, TokenLoader
+from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import ConfigError, DataError
 from mypt_fast.presets import read_json
 from mypt_fast.settings import Settings

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mypt_fast.data.loader import TokenCorpus, TokenLoader
+from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.order import SampleOrder
+from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import DataError
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from mypt_fast.data.annotations import StoredWeights, joined_ends
 from mypt_fast.data.document_loader import DocumentLoader, checked_ends, document_ends
-from mypt_fast.data.loader import TokenCorpus, TokenLoader
+from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.packing import BestFitLayout, LossRule, WindowLayout, best_fit
-from mypt_fast.errors import DataError, FormatError, TokenRangeError
+from mypt_fast.data.tokens import TokenCorpus
+from mypt_fast.errors import DataChangedError, DataError, FormatError, TokenRangeError
 
 RULES = [LossRule(c, o) for c in (False, True) for o in (False, True)]
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -371,8 +372,11 @@ def test_a_token_outside_the_vocabulary_is_named(dataset, backend):
         loader.read(0, loader.n_windows)
 
 
-def test_spans_are_read_across_shards(dataset, backend):
-    corpus = TokenCorpus.from_dataset(dataset([10, 0, 3, 30]), "train", backend)
+@pytest.mark.parametrize("io", ["mmap", "pread", "ram"])
+def test_spans_are_read_across_shards(dataset, backend, io):
+    if (backend, io) == ("numpy", "pread"):
+        pytest.skip("NumPy has no pread")
+    corpus = TokenCorpus.from_dataset(dataset([10, 0, 3, 30, 0]), "train", backend, io)
     assert corpus.read_span(8, 7).tolist() == list(range(8, 15))
     assert corpus.read_span(0, 43).tolist() == list(range(43))
     assert corpus.read_span(43, 0).tolist() == []
@@ -382,6 +386,20 @@ def test_spans_are_read_across_shards(dataset, backend):
     corpus.close()
     with pytest.raises(ValueError, match="closed"):
         corpus.read_span(0, 1)
+
+
+def test_a_shard_cut_short_under_a_loader_that_reads_is_an_error(dataset, native):
+    folder = dataset([10, 30])
+    corpus = TokenCorpus.from_dataset(folder, "train", "native", "pread")
+    loader = DocumentLoader(corpus, 8, np.array([40]), "bestfit", seed=1)
+    loader.read(0, loader.n_windows)
+    shard = folder / "train" / "shard_00001.bin"
+    shard.write_bytes(shard.read_bytes()[:40])
+    with pytest.raises(DataChangedError, match=r"shard_00001\.bin.*shorter than"):
+        loader.read(0, loader.n_windows)
+    shard.unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        loader.read(0, loader.n_windows)
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -12,7 +12,7 @@ from test_resume import assert_same_run, interrupt_at, position
 from mypt_fast.cli import main
 from mypt_fast.config import ModelConfig
 from mypt_fast.data.document_loader import DocumentLoader
-from mypt_fast.data.loader import TokenCorpus
+from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.model import GPT
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training.evaluate import mean_loss

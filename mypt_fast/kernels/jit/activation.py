@@ -172,7 +172,7 @@ def _launch(name: str, data: tuple[Tensor, ...], columns: int, **flags: bool) ->
     with launch.device_guard(data[0]):
         _KERNELS[name][(programs,)](
             *data, *(t.stride(0) for t in data), rows, columns,
-            **flags, **constants, num_warps=config.warps, num_stages=config.stages,
+            **flags, **constants, **launch.options(config.warps, config.stages),
         )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def _launch(
             logits, grad, targets, factors, losses, stats,
             logits.stride(0), grad.stride(0),
             V, touchable, rule.ignore_index,
-            **constants, num_warps=warps, num_stages=stages,
+            **constants, **launch.options(warps, stages),
         )  # fmt: skip
 
 

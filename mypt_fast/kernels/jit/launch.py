@@ -26,6 +26,7 @@ from mypt_fast.errors import ConfigError
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 INTERPRETER_ARCH = 80  # whose rows the interpreter takes on a CPU
 BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
+REGISTERS = 65536  # of a multiprocessor, on all of these
 MAX_TABLE_BYTES = 1 << 20
 MAX_TABLE_ROWS = 10_000
 SOURCES = ("measured", "aot")
@@ -130,6 +131,17 @@ def _chosen(kernel: str, columns: int, bits: int, arch: int) -> Config:
             return min(fitting, key=lambda row: row.columns)
         widest = max([widest, *(row.columns for row in rows)])
     raise ValueError(f"{kernel}: expected at most {widest} columns; found {columns}")
+
+
+def options(warps: int, stages: int) -> dict[str, int]:
+    """What Triton is told of a launch besides the kernel's own arguments.
+
+    The bound on registers is what the hardware gives a program of so many warps. Without one the
+    assembler may spill a few bytes to fit one program more, which costs more than it brings, and
+    another version of it does so in other kernels.
+    """
+    most = min(255, REGISTERS // (32 * warps))
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": most}
 
 
 def beats_compile(name: str, arch: int) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mypt_fast.errors import DeviceError
+from mypt_fast.kernels.jit import launch
 from mypt_fast.kernels.jit.launch import Case
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -58,7 +59,7 @@ def compiled(case: Case, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
 
     refuse_interpreter()
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = launch.options(case.warps, case.stages)
     return triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -130,9 +131,7 @@ class _Lowering:
 
         self.source, self.target = _source(case), GPUTarget("cuda", arch, 32)
         self.backend = make_backend(self.target)
-        self.options = self.backend.parse_options(
-            {"num_warps": case.warps, "num_stages": case.stages}
-        )
+        self.options = self.backend.parse_options(launch.options(case.warps, case.stages))
         self.stages: dict[str, Any] = {}
         self.backend.add_stages(self.stages, self.options, self.source.language)
 

@@ -198,7 +198,7 @@ def norm_forward(
     constants = _constants(row, columns, offset, dropout_p, EPS=eps, **flags)
     with launch.device_guard(x):
         _norm_forward[(-(-n_rows // row.rows),)](
-            *data, *strides, n_rows, **constants, num_warps=row.warps, num_stages=row.stages
+            *data, *strides, n_rows, **constants, **launch.options(row.warps, row.stages)
         )
     return y, h, mean, rstd
 
@@ -331,7 +331,7 @@ def norm_backward(
     constants = _constants(row, columns, offset, dropout_p, CENTER=center, **flags)
     with launch.device_guard(h):
         _norm_backward[(programs,)](
-            *inputs, *outputs, *sizes, **constants, num_warps=row.warps, num_stages=row.stages
+            *inputs, *outputs, *sizes, **constants, **launch.options(row.warps, row.stages)
         )
     dweight = parts[0].sum(0).to(weight.dtype)
     dbias = parts[-1].sum(0).to(bias_dtype) if has_bias else dy.new_empty(0)

@@ -333,7 +333,7 @@ def _constants(
 
 
 def _options(config: launch.Config) -> dict[str, int]:
-    return {"num_warps": config.warps, "num_stages": config.stages}
+    return launch.options(config.warps, config.stages)
 
 
 def _count(B: int, T: int, heads: int) -> int:

@@ -4,8 +4,8 @@ Ahead of time a candidate must hold everything in registers, in every case that 
 Of those the one is taken that (1) keeps enough bytes in flight on a multiprocessor to cover the
 latency of its memory, (2) loads most bytes a lane, (3) keeps most warps resident, in eighths of
 what fits, (4) is nearest to four warps, (5) needs fewest registers. An architecture takes the row
-of one that needs more in flight wherever that row is as good by (1) and (2): fewer rows to read,
-and fewer binaries to test.
+of one that needs more in flight wherever that row spills nothing on it, too: what was not measured
+is no reason to differ, and there are fewer rows to read and fewer binaries to test.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ from mypt_fast.kernels.jit.launch import Case, Config
 
 STAGES = 2
 LAST = 1 << 30  # columns of a bucket without end
-REGISTERS = 65536  # of a multiprocessor
 # Partial sums of weight gradients: about two programs a multiprocessor of a large card.
 PROGRAMS = {75: 80, 80: 216, 86: 144, 89: 144, 90: 264, 100: 296, 120: 144}
 
@@ -205,7 +204,7 @@ def resident(row: Config, usage: lowering.Usage, arch: int) -> int:
     a_warp = -(-usage.registers * 32 // 256) * 256
     fits = min(
         limits.threads // threads,
-        REGISTERS // (a_warp * row.warps),
+        launch.REGISTERS // (a_warp * row.warps),
         limits.shared // (usage.shared_bytes + 1024),
         limits.programs,
     )
@@ -302,7 +301,7 @@ def _pick(
     best = max(left, key=lambda row: left[row])
     for other in archs[: archs.index(arch)]:
         row = _plain(chosen[slot, other])
-        if row in left and left[row][:4] >= left[best][:4]:
+        if row in left and left[row][:2] >= left[best][:2]:
             best = row
             break
     return replace(best, programs=programs)

@@ -1,0 +1,249 @@
+#include "shard_file.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/vfs.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "errors.h"
+
+namespace mypt::data {
+namespace {
+
+constexpr std::size_t kPiece = std::size_t{8} << 20;  // how much of a file is copied at a time
+
+[[noreturn]] void fail(const std::string& path, const std::string& action, int error) {
+  throw DataError("shard " + path, action + ": " + std::strerror(error), "");
+}
+
+[[noreturn]] void changed(const std::string& path, const std::string& found) {
+  throw DataChangedError("shard " + path, found,
+                         "the file changed while it was in use: restore it, or prepare it again");
+}
+
+int open_read_only(const std::string& path) {
+  int fd;
+  do {
+    fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  } while (fd < 0 && errno == EINTR);
+  return fd;
+}
+
+std::int64_t changed_ns(const struct stat& info) {
+#ifdef __APPLE__
+  const timespec& when = info.st_mtimespec;
+#else
+  const timespec& when = info.st_mtim;
+#endif
+  return std::int64_t{when.tv_sec} * 1'000'000'000 + when.tv_nsec;
+}
+
+// Reads count bytes, or as many as there are before the end of the file.
+std::size_t read_fully(int fd, const std::string& path, std::uint64_t offset, std::size_t count,
+                       std::byte* out) {
+  // A disk or a server that is away for a moment must not end a run of weeks.
+  constexpr std::array<int, 3> kPausesMs = {100, 1000, 10'000};
+  std::size_t done = 0;
+  for (std::size_t failures = 0; done < count;) {
+    const ssize_t got =
+        ::pread(fd, out + done, count - done, static_cast<off_t>(offset + done));
+    if (got > 0) {
+      done += static_cast<std::size_t>(got);
+    } else if (got == 0) {
+      break;
+    } else if ((errno == EIO || errno == ESTALE) && failures < kPausesMs.size()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(kPausesMs[failures++]));
+    } else if (errno != EINTR) {
+      fail(path, "cannot be read at byte " + std::to_string(offset + done), errno);
+    }
+  }
+  return done;
+}
+
+}  // namespace
+
+Io io_from_name(const std::string& name) {
+  if (name == "mmap") return Io::kMap;
+  if (name == "pread") return Io::kRead;
+  if (name == "ram") return Io::kMemory;
+  throw std::invalid_argument("io is one of mmap, pread, ram, not '" + name + "'");
+}
+
+bool is_remote(const std::string& path) {
+#ifdef __linux__
+  struct statfs info;
+  if (::statfs(path.c_str(), &info) != 0) return false;
+  // NFS, SMB, CIFS, SMB2, FUSE, 9P, Lustre, Ceph, AFS, GPFS, BeeGFS (statfs(2) and their drivers)
+  constexpr std::array<std::uint32_t, 11> kRemote = {
+      0x6969,     0x517B,     0xFF534D42, 0xFE534D42, 0x65735546, 0x01021997,
+      0x0BD00BD0, 0x00C36400, 0x5346414F, 0x47504653, 0x19830326};
+  const auto type = static_cast<std::uint32_t>(info.f_type);
+  return std::find(kRemote.begin(), kRemote.end(), type) != kRemote.end();
+#else
+  (void)path;
+  return false;
+#endif
+}
+
+double resident_share(const std::string& path) {
+#ifdef __linux__
+  const Descriptor file(open_read_only(path));
+  struct stat info;
+  if (file.get() < 0 || ::fstat(file.get(), &info) != 0 || info.st_size == 0) return 0;
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t pages = (static_cast<std::uint64_t>(info.st_size) + page - 1) / page;
+  constexpr std::uint64_t kSamples = 64;
+  const std::uint64_t samples = std::min(pages, kSamples);
+  std::uint64_t there = 0;
+  for (std::uint64_t i = 0; i < samples; ++i) {
+    const std::uint64_t at = samples == 1 ? 0 : i * (pages - 1) / (samples - 1);
+    void* mapped = ::mmap(nullptr, static_cast<std::size_t>(page), PROT_READ, MAP_SHARED,
+                          file.get(), static_cast<off_t>(at * page));
+    if (mapped == MAP_FAILED) return 0;
+    unsigned char state = 0;
+    if (::mincore(mapped, static_cast<std::size_t>(page), &state) == 0) there += state & 1;
+    ::munmap(mapped, static_cast<std::size_t>(page));
+  }
+  return static_cast<double>(there) / static_cast<double>(samples);
+#else
+  (void)path;
+  return 1;
+#endif
+}
+
+Descriptor::~Descriptor() {
+  if (fd_ >= 0) ::close(fd_);
+}
+
+ShardFile::ShardFile(std::string path, std::uint64_t size, Io io)
+    : path_(std::move(path)), size_(size), io_(io) {
+  if (size_ > static_cast<std::uint64_t>(std::numeric_limits<std::ptrdiff_t>::max())) {
+    fail(path_, "cannot be mapped", EFBIG);
+  }
+}
+
+ShardFile::~ShardFile() {
+  if (const std::byte* data = data_.load()) {
+    ::munmap(const_cast<std::byte*>(data), static_cast<std::size_t>(size_));
+  }
+}
+
+std::shared_ptr<const Descriptor> ShardFile::open() {
+  auto file = std::make_shared<const Descriptor>(open_read_only(path_));
+  if (file->get() < 0) fail(path_, "cannot be opened", errno);
+  struct stat info;
+  if (::fstat(file->get(), &info) != 0) fail(path_, "cannot be examined", errno);
+  if (!S_ISREG(info.st_mode)) throw DataError("shard " + path_, "not a regular file", "");
+  if (static_cast<std::uint64_t>(info.st_size) != size_) {
+    changed(path_, std::to_string(info.st_size) + " bytes, where " + std::to_string(size_) +
+                       " were validated");
+  }
+  const Identity now{static_cast<std::uint64_t>(info.st_dev),
+                     static_cast<std::uint64_t>(info.st_ino), changed_ns(info)};
+  if (seen_ && (now.device != identity_.device || now.inode != identity_.inode ||
+                now.changed_ns != identity_.changed_ns)) {
+    changed(path_, "another file, or another time of change, than at first");
+  }
+  identity_ = now;
+  seen_ = true;
+  return file;
+}
+
+std::shared_ptr<const Descriptor> ShardFile::descriptor() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!open_file_) {
+    open_file_ = open();
+#ifdef __linux__
+    // Windows are read at random: what the system would read ahead of them is not wanted.
+    ::posix_fadvise(open_file_->get(), 0, 0, POSIX_FADV_RANDOM);
+#endif
+  }
+  return open_file_;
+}
+
+bool ShardFile::rest() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool was_open = open_file_ != nullptr;
+  open_file_.reset();
+  return was_open;
+}
+
+const std::byte* ShardFile::open_data() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (const std::byte* known = data_.load(std::memory_order_relaxed)) return known;
+  const auto file = open();
+  const auto size = static_cast<std::size_t>(size_);
+  if (io_ == Io::kMap) {
+    void* address = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file->get(), 0);
+    if (address == MAP_FAILED) fail(path_, "cannot be mapped", errno);
+#ifdef __linux__
+    // The default reads megabytes around each fault: a thousand times what a window needs.
+    ::madvise(address, size, MADV_RANDOM);
+#endif
+    data_.store(static_cast<const std::byte*>(address), std::memory_order_release);
+    return static_cast<const std::byte*>(address);
+  }
+  void* address =
+      ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (address == MAP_FAILED) fail(path_, "does not fit into memory", errno);
+#ifdef __linux__
+  ::madvise(address, size, MADV_HUGEPAGE);
+#endif
+  auto* bytes = static_cast<std::byte*>(address);
+  try {
+    for (std::size_t at = 0; at < size; at += kPiece) {
+      const std::size_t count = std::min(kPiece, size - at);
+      if (read_fully(file->get(), path_, at, count, bytes + at) != count) {
+        changed(path_, "ended early while it was copied into memory");
+      }
+    }
+  } catch (...) {
+    ::munmap(address, size);
+    throw;
+  }
+  data_.store(bytes, std::memory_order_release);
+  return bytes;
+}
+
+void ShardFile::read(std::uint64_t offset, std::size_t count, std::byte* out) {
+  const auto file = descriptor();
+  const std::size_t done = read_fully(file->get(), path_, offset, count, out);
+  if (done != count) {
+    changed(path_, "ends at byte " + std::to_string(offset + done) + ", where " +
+                       std::to_string(size_) + " bytes were validated");
+  }
+}
+
+void ShardFile::will_need(std::uint64_t offset, std::size_t count) {
+#ifdef __linux__
+  ::posix_fadvise(descriptor()->get(), static_cast<off_t>(offset), static_cast<off_t>(count),
+                  POSIX_FADV_WILLNEED);
+#else
+  (void)offset;
+  (void)count;
+#endif
+}
+
+void ShardFile::forget_pages() {
+#ifdef __linux__
+  if (io_ != Io::kMap) return;
+  if (const std::byte* data = data_.load(std::memory_order_acquire)) {
+    ::madvise(const_cast<std::byte*>(data), static_cast<std::size_t>(size_), MADV_DONTNEED);
+  }
+#endif
+}
+
+}  // namespace mypt::data

@@ -1,0 +1,200 @@
+"""The tokens of a dataset or of a text, as one sequence; and how they are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mypt_fast.data.annotations import joined_ends
+from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
+from mypt_fast.data.order import SampleOrder
+from mypt_fast.data.reader import (
+    BatchReader,
+    NumpyReader,
+    Tokens,
+    load_shard,
+    map_shard,
+    narrow,
+    native_module,
+)
+from mypt_fast.data.spans import Spans
+from mypt_fast.errors import DataError
+
+BACKENDS = ("auto", "native", "numpy")
+IO = ("auto", "mmap", "pread", "ram")
+_SHARE_OF_MEMORY = 0.6  # what the page cache may hold of a dataset without harm
+_RESIDENT = 0.9  # the share of sampled pages from which data counts as cached
+_SAMPLED_SHARDS = 8
+
+
+class TokenCorpus:
+    """A sequence of tokens in shards; windows may cross shard edges, so no token is lost.
+
+    Attributes:
+        n_tokens: tokens in all shards.
+        backend: "native" or "numpy".
+        backend_note: one line for people: which loader runs, and why if it is the slower one.
+        fingerprint: 16 hex digits; two corpora with the same one hold the same tokens.
+        io: how tokens are reached: "mmap", "pread" or "ram".
+    """
+
+    def __init__(self, source: str, names: list[str], sizes: list[int], fingerprint: str) -> None:
+        """Only describe a corpus; use `from_dataset` or `from_tokens`."""
+        self.source, self.fingerprint = source, fingerprint
+        self.n_tokens = sum(sizes)
+        self.backend = self.backend_note = ""
+        self.io = "ram"
+        self._names = names
+        self._ends = np.cumsum(np.array(sizes, dtype=np.int64))
+        self._native: Any = None
+        self._arrays: list[Tokens] = []
+        self._shards: list[Shard] = []
+        self._spans: Spans | None = None
+        self._closed = False
+
+    @classmethod
+    def from_dataset(
+        cls, dataset_dir: Path | str, split: Split, backend: str = "auto", io: str = "auto"
+    ) -> TokenCorpus:
+        """Open one split of a dataset directory; its shards are checked first.
+
+        Args:
+            dataset_dir: the dataset.
+            split: "train" or "val".
+            backend: "native", "numpy", or "auto": native where it was built.
+            io: "mmap" is fastest for what is in the page cache; a file that is cut short under it
+                kills the process. "pread" is for data larger than memory, for network file
+                systems, and for files that are not in the page cache: it asks the disk for the
+                next batches' windows and holds none of the file. "ram" copies it all. "auto"
+                chooses one of the first two.
+        """
+        if io not in IO:
+            raise ValueError(f"io is one of {', '.join(IO)}, not {io!r}")
+        shards = open_split(Path(dataset_dir), split)
+        corpus = cls(
+            f"{split} split of {dataset_dir}",
+            [shard.name for shard in shards],
+            [shard.n_tokens for shard in shards],
+            dataset_fingerprint(shards),
+        )
+        corpus._shards = shards
+        if module := corpus._choose(backend):
+            corpus.io = _fitting_io(shards, module) if io == "auto" else io
+            specs = [(str(s.path), s.width, s.n_tokens, s.offset, _file_size(s)) for s in shards]
+            corpus._native = module.Corpus.open(specs, corpus.io)
+        elif io == "pread":
+            raise DataError(
+                f"{corpus.source} with io pread", corpus.backend_note, "use io auto, mmap or ram"
+            )
+        else:
+            corpus.io = "ram" if io == "ram" else "mmap"
+            corpus._arrays = [(load_shard if io == "ram" else map_shard)(s) for s in shards]
+        return corpus
+
+    @classmethod
+    def from_tokens(
+        cls, tokens: Sequence[int] | NDArray[np.integer[Any]], backend: str = "auto"
+    ) -> TokenCorpus:
+        """Hold a 1-D sequence of token ids in memory, narrowed to 2 bytes each where they fit."""
+        import xxhash
+
+        array = narrow(np.asarray(tokens))
+        digest = xxhash.xxh3_64_hexdigest(array.astype("<u4").tobytes())
+        corpus = cls("text in memory", ["the text"], [array.size], digest)
+        corpus._spans = Spans.of_array(array)
+        if module := corpus._choose(backend):
+            corpus._native = module.Corpus.wrap(array)
+        else:
+            corpus._arrays = [array]
+        return corpus
+
+    def reader(self, order: SampleOrder) -> BatchReader:
+        """Return the reader of this corpus's backend for one sample order."""
+        if self._closed:
+            raise ValueError(f"{self.source} is closed")
+        if self._native is None:
+            return NumpyReader(self._arrays, order)
+        module, _ = native_module()
+        assert module is not None
+        native_order = module.SampleOrder(order.n_tokens, order.seq_len, order.seed, order.kind)
+        reader: BatchReader = module.BatchReader(self._native, native_order)
+        return reader
+
+    def locate(self, token: int) -> tuple[str, int]:
+        """Return the shard name and the position within it of a token of the corpus."""
+        shard = int(np.searchsorted(self._ends, token, side="right"))
+        begin = int(self._ends[shard - 1]) if shard else 0
+        return self._names[shard], token - begin
+
+    def read_span(self, start: int, count: int) -> Tokens:
+        """Return the tokens [start, start + count) of the corpus, from as many shards as it takes.
+
+        Raises:
+            ValueError: they are not in the corpus, or it is closed.
+            DataError, DataChangedError: a shard can no longer be read as it was.
+        """
+        if self._closed or not 0 <= start <= start + count <= self.n_tokens:
+            state = "closed" if self._closed else f"of {self.n_tokens} tokens"
+            raise ValueError(f"tokens [{start}, +{count}) of {self.source}, which is {state}")
+        if self._spans is None:
+            self._spans = Spans.of_shards(self._shards, self.io)
+        return self._spans.read(start, count)
+
+    def document_ends(self) -> NDArray[np.uint64] | None:
+        """Where documents end, ascending; None where the dataset has no index of them."""
+        return joined_ends(self._shards)
+
+    def close(self) -> None:
+        """Let go of the files; readers made before keep theirs until they are dropped."""
+        self._native, self._arrays, self._closed = None, [], True
+        self._spans = None
+
+    def _choose(self, backend: str) -> ModuleType | None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is one of {', '.join(BACKENDS)}, not {backend!r}")
+        module, problem = native_module() if backend != "numpy" else (None, "asked for")
+        if backend == "native" and module is None:
+            raise DataError(
+                "data loader backend native",
+                problem,
+                "install again with a C++17 compiler, or use backend auto or numpy",
+            )
+        self.backend = "native" if module else "numpy"
+        self.backend_note = (
+            f"data loader: native ({module.best_kernel()})"
+            if module
+            else f"data loader: NumPy ({problem})"
+        )
+        return module
+
+
+def _file_size(shard: Shard) -> int:
+    return shard.offset + shard.n_tokens * shard.width
+
+
+def _fitting_io(shards: list[Shard], module: ModuleType) -> str:
+    """Map what is on a local disk, fits into memory and is already there; read the rest."""
+    if module.is_remote(str(shards[0].path)):
+        return "pread"
+    if sum(map(_file_size, shards)) > _SHARE_OF_MEMORY * _available_bytes():
+        return "pread"
+    step = -(-len(shards) // _SAMPLED_SHARDS)
+    filled = [shard for shard in shards[::step] if shard.n_tokens]
+    shares = [module.resident_share(str(shard.path)) for shard in filled]
+    return "mmap" if sum(shares) >= _RESIDENT * len(shares) else "pread"
+
+
+def _available_bytes() -> int:
+    """Memory that files and programs may still take; all of it where that cannot be told."""
+    try:
+        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass
+    return 1 << 62
