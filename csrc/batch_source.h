@@ -12,13 +12,13 @@
 
 #include "corpus.h"
 #include "gather.h"
-#include "permutation.h"
+#include "order.h"
 
 namespace mypt::data {
 
 class BatchSource {
  public:
-  BatchSource(std::shared_ptr<const Corpus> corpus, std::shared_ptr<const SampleOrder> order,
+  BatchSource(std::shared_ptr<const Corpus> corpus, std::shared_ptr<const SampleStream> order,
               Kernel kernel)
       : corpus_(std::move(corpus)), order_(std::move(order)), kernel_(kernel) {
     if (corpus_->n_tokens() != order_->n_tokens()) {
@@ -60,7 +60,7 @@ class BatchSource {
   static constexpr std::size_t kMaxUpcoming = 4;
 
   std::shared_ptr<const Corpus> corpus_;
-  std::shared_ptr<const SampleOrder> order_;
+  std::shared_ptr<const SampleStream> order_;
   Kernel kernel_;
 };
 

@@ -16,6 +16,8 @@
 #include "corpus.h"
 #include "errors.h"
 #include "gather.h"
+#include "mixture.h"
+#include "order.h"
 #include "permutation.h"
 #include "ring.h"
 #include "shard_file.h"
@@ -96,7 +98,7 @@ Batch windows_of(const py::array& windows, std::uint64_t seq_len, int width) {
 }
 
 std::shared_ptr<BatchSource> make_source(std::shared_ptr<const Corpus> corpus,
-                                         std::shared_ptr<const SampleOrder> order,
+                                         std::shared_ptr<const SampleStream> order,
                                          const std::string& kernel) {
   return std::make_shared<BatchSource>(std::move(corpus), std::move(order),
                                        kernel_from_name(kernel));
@@ -195,25 +197,30 @@ py::array_t<std::int64_t> to_array(const std::vector<std::uint64_t>& values) {
   return out;
 }
 
-py::array_t<std::int64_t> order_starts(const SampleOrder& order, std::uint64_t first,
+py::array_t<std::int64_t> order_starts(const SampleStream& order, std::uint64_t first,
                                        std::size_t count) {
+  check_samples(first, count);  // before that much memory is asked for
   std::vector<std::uint64_t> starts(count);
   order.starts(first, count, starts.data());
   return to_array(starts);
 }
 
-std::uint64_t permutation_at(const Permutation& permutation, std::uint64_t index) {
+std::uint64_t inside(const Permutation& permutation, std::uint64_t index) {
   if (index >= permutation.n()) {
     throw std::invalid_argument("permutation index outside [0, " +
                                 std::to_string(permutation.n()) + ")");
   }
-  return permutation.at(index);
+  return index;
 }
 
-Order order_kind(const std::string& name) {
-  if (name == "epoch") return Order::kEpoch;
-  if (name == "sequential") return Order::kSequential;
-  throw std::invalid_argument("order is one of epoch, sequential, not '" + name + "'");
+std::shared_ptr<MixtureOrder> mixture_order(
+    const std::vector<std::uint64_t>& sizes, std::uint64_t seq_len, std::uint64_t seed,
+    const std::string& kind, std::uint64_t block_tokens, std::uint64_t pool_blocks,
+    const std::vector<std::pair<std::uint64_t, std::vector<std::uint32_t>>>& phases) {
+  std::vector<Phase> copied;
+  for (const auto& [until, quotas] : phases) copied.push_back({until, quotas});
+  return std::make_shared<MixtureOrder>(sizes, seq_len, seed, order_from_name(kind),
+                                        Blocks{block_tokens, pool_blocks}, copied);
 }
 
 std::vector<std::string> kernel_names() {
@@ -249,6 +256,10 @@ void translate(std::exception_ptr pointer) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Token shards, data order and batch gathering in C++.";
   m.attr("ALGORITHM") = kAlgorithm;
+  m.attr("ORDER_ALGORITHMS") =
+      py::dict(py::arg("epoch") = kAlgorithm, py::arg("sequential") = kAlgorithm,
+               py::arg("replacement") = kReplacementAlgorithm,
+               py::arg("block") = kBlockAlgorithm, py::arg("mixture") = kMixtureAlgorithm);
   py::register_local_exception_translator(translate);
 
   m.def("is_remote", is_remote, py::arg("path"));
@@ -267,16 +278,36 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<std::uint64_t, std::uint64_t, std::uint64_t>(), py::arg("n"), py::arg("seed"),
            py::arg("epoch"))
       .def_property_readonly("n", &Permutation::n)
-      .def("at", permutation_at, py::arg("index"));
+      .def("at", [](const Permutation& p, std::uint64_t i) { return p.at(inside(p, i)); },
+           py::arg("index"))
+      .def("inverse", [](const Permutation& p, std::uint64_t i) { return p.inverse(inside(p, i)); },
+           py::arg("value"));
 
-  py::class_<SampleOrder, std::shared_ptr<SampleOrder>>(m, "SampleOrder")
-      .def(py::init([](std::uint64_t n_tokens, std::uint64_t seq_len, std::uint64_t seed,
-                       const std::string& kind) {
-             return std::make_shared<SampleOrder>(n_tokens, seq_len, seed, order_kind(kind));
-           }),
-           py::arg("n_tokens"), py::arg("seq_len"), py::arg("seed"), py::arg("kind") = "epoch")
-      .def_property_readonly("n_windows", &SampleOrder::n_windows)
+  py::class_<SampleStream, std::shared_ptr<SampleStream>>(m, "SampleStream")
+      .def_property_readonly("n_tokens", &SampleStream::n_tokens)
+      .def_property_readonly("seq_len", &SampleStream::seq_len)
       .def("starts", order_starts, py::arg("first_sample"), py::arg("count"));
+
+  py::class_<SampleOrder, SampleStream, std::shared_ptr<SampleOrder>>(m, "SampleOrder")
+      .def(py::init([](std::uint64_t n_tokens, std::uint64_t seq_len, std::uint64_t seed,
+                       const std::string& kind, std::uint64_t block_tokens,
+                       std::uint64_t pool_blocks) {
+             return std::make_shared<SampleOrder>(n_tokens, seq_len, seed, order_from_name(kind),
+                                                  Blocks{block_tokens, pool_blocks});
+           }),
+           py::arg("n_tokens"), py::arg("seq_len"), py::arg("seed"), py::arg("kind") = "epoch",
+           py::arg("block_tokens") = Blocks{}.tokens, py::arg("pool_blocks") = Blocks{}.pool)
+      .def_property_readonly("n_windows", &SampleOrder::n_windows);
+
+  py::class_<MixtureOrder, SampleStream, std::shared_ptr<MixtureOrder>>(m, "MixtureOrder")
+      .def(py::init(&mixture_order), py::arg("sizes"), py::arg("seq_len"), py::arg("seed"),
+           py::arg("kind"), py::arg("block_tokens"), py::arg("pool_blocks"), py::arg("phases"))
+      .def_property_readonly("n_windows", &MixtureOrder::n_windows)
+      .def("sources",
+           [](const MixtureOrder& order, std::uint64_t first, std::uint64_t count) {
+             return to_array(order.sources(first, count));
+           },
+           py::arg("first_sample"), py::arg("count"));
 
   py::class_<BatchSource, std::shared_ptr<BatchSource>>(m, "BatchReader")
       .def(py::init(&make_source),

@@ -7,6 +7,7 @@ import numpy as np  # noqa: TID253 - a stub imports nothing
 from numpy.typing import NDArray  # noqa: TID253
 
 ALGORITHM: str
+ORDER_ALGORITHMS: dict[str, str]
 
 def is_remote(path: str) -> bool: ...
 def resident_share(path: str) -> float: ...
@@ -35,17 +36,48 @@ class Permutation:
     @property
     def n(self) -> int: ...
     def at(self, index: int) -> int: ...
+    def inverse(self, value: int) -> int: ...
 
-@final
-class SampleOrder:
-    def __init__(self, n_tokens: int, seq_len: int, seed: int, kind: str = "epoch") -> None: ...
+class SampleStream:
     @property
-    def n_windows(self) -> int: ...
+    def n_tokens(self) -> int: ...
+    @property
+    def seq_len(self) -> int: ...
     def starts(self, first_sample: int, count: int) -> NDArray[np.int64]: ...
 
 @final
+class SampleOrder(SampleStream):
+    def __init__(
+        self,
+        n_tokens: int,
+        seq_len: int,
+        seed: int,
+        kind: str = "epoch",
+        block_tokens: int = ...,
+        pool_blocks: int = ...,
+    ) -> None: ...
+    @property
+    def n_windows(self) -> int: ...
+
+@final
+class MixtureOrder(SampleStream):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seq_len: int,
+        seed: int,
+        kind: str,
+        block_tokens: int,
+        pool_blocks: int,
+        phases: Sequence[tuple[int, Sequence[int]]],
+    ) -> None: ...
+    @property
+    def n_windows(self) -> int: ...
+    def sources(self, first_sample: int, count: int) -> NDArray[np.int64]: ...
+
+@final
 class BatchReader:
-    def __init__(self, corpus: Corpus, order: SampleOrder, kernel: str = "auto") -> None: ...
+    def __init__(self, corpus: Corpus, order: SampleStream, kernel: str = "auto") -> None: ...
     def read(
         self, first_sample: int, x: NDArray[np.int64], y: NDArray[np.int64], next_sample: int
     ) -> int: ...

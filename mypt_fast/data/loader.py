@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mypt_fast.data.order import ALGORITHM, SampleOrder
+from mypt_fast.data.order import SampleOrder, SampleStream
 from mypt_fast.data.prefetch import Allocate, Array, Gate, Plan, Prefetch, aligned
 from mypt_fast.data.reader import BatchReader, Int64
 from mypt_fast.data.tokens import TokenCorpus
@@ -32,7 +32,7 @@ class TokenLoader:
         corpus: where the tokens are.
         seq_len: tokens per row, T.
         seed: of the order; it touches no global random state.
-        order: "epoch" (each window once per epoch, shuffled) or "sequential".
+        order: one of `order.ORDERS`, or a stream over this corpus, such as a mixture.
         global_batch: samples per step over all ranks, G; a multiple of world_size.
         rank: whose share `next` reads.
         world_size: number of ranks, W.
@@ -52,7 +52,7 @@ class TokenLoader:
         seq_len: int,
         *,
         seed: int,
-        order: str = "epoch",
+        order: str | SampleStream = "epoch",
         global_batch: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -73,7 +73,14 @@ class TokenLoader:
                 "add data or lower block_size",
             )
         self._corpus = corpus
-        self._order = SampleOrder(corpus.n_tokens, seq_len, seed, order)
+        if isinstance(order, str):
+            order = SampleOrder(corpus.n_tokens, seq_len, seed, order)
+        if (order.n_tokens, order.seq_len) != (corpus.n_tokens, seq_len):
+            raise ValueError(
+                f"the order is for {order.n_tokens} tokens in rows of {order.seq_len}, the corpus "
+                f"has {corpus.n_tokens} and rows {seq_len}"
+            )
+        self._order = order
         self._reader: BatchReader | None = corpus.reader(self._order)
         self._global_batch = global_batch
         self._share = global_batch // world_size
@@ -275,11 +282,7 @@ class TokenLoader:
         """What must agree for a position to mean the same samples."""
         return {
             "version": STATE_VERSION,
-            "algo": ALGORITHM,
-            "order": self._order.kind,
-            "seed": self._order.seed,
-            "seq_len": self._order.seq_len,
-            "n_windows": self.n_windows,
+            **self._order.identity(),
             "fingerprint": self._corpus.fingerprint,
         }
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mypt_fast.data.format import Shard
-from mypt_fast.data.order import ALGORITHM, SampleOrder
+from mypt_fast.data.mixture import ALGORITHM as MIXTURE_ALGORITHM
+from mypt_fast.data.order import ALGORITHMS, SampleStream
 from mypt_fast.errors import DataChangedError, DataError, IntegrityError
 
 Int64 = NDArray[np.int64]
@@ -46,7 +47,8 @@ def native_module() -> tuple[ModuleType | None, str]:
         module = importlib.import_module("mypt_fast._native")
     except ImportError as error:
         return None, f"mypt_fast._native cannot be imported: {error}"
-    if getattr(module, "ALGORITHM", None) != ALGORITHM:
+    expected = {**ALGORITHMS, "mixture": MIXTURE_ALGORITHM}
+    if getattr(module, "ORDER_ALGORITHMS", None) != expected:
         return None, "mypt_fast._native was built from other sources; build it again"
     return module, ""
 
@@ -95,7 +97,7 @@ def narrow(tokens: NDArray[Any]) -> Tokens:
 class NumpyReader:
     """The NumPy twin of the native reader: the specification of what a batch holds."""
 
-    def __init__(self, arrays: list[Tokens], order: SampleOrder) -> None:
+    def __init__(self, arrays: list[Tokens], order: SampleStream) -> None:
         self._order = order
         self._arrays = [array for array in arrays if array.size]
         self._width = max((array.itemsize for array in self._arrays), default=2)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mypt_fast.data.annotations import joined_ends
 from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
-from mypt_fast.data.order import SampleOrder
+from mypt_fast.data.order import SampleStream
 from mypt_fast.data.reader import (
     BatchReader,
     NumpyReader,
@@ -113,7 +113,7 @@ class TokenCorpus:
             corpus._arrays = [array]
         return corpus
 
-    def reader(self, order: SampleOrder) -> BatchReader:
+    def reader(self, order: SampleStream) -> BatchReader:
         """Return the reader of this corpus's backend for one sample order."""
         if self._closed:
             raise ValueError(f"{self.source} is closed")
@@ -121,8 +121,7 @@ class TokenCorpus:
             return NumpyReader(self._arrays, order)
         module, _ = native_module()
         assert module is not None
-        native_order = module.SampleOrder(order.n_tokens, order.seq_len, order.seed, order.kind)
-        reader: BatchReader = module.BatchReader(self._native, native_order)
+        reader: BatchReader = module.BatchReader(self._native, order.to_native(module))
         return reader
 
     def locate(self, token: int) -> tuple[str, int]:

@@ -312,7 +312,7 @@ def test_native_on_request_does_not_fall_back(monkeypatch):
 
 
 def test_an_extension_of_another_algorithm_is_not_used(native, monkeypatch):
-    monkeypatch.setattr(native, "ALGORITHM", "feistel5/v0")
+    monkeypatch.setattr(native, "ORDER_ALGORITHMS", {"epoch": "feistel6/v0"})
     assert "built from other sources" in TokenCorpus.from_tokens([1, 2, 3]).backend_note
 
 
