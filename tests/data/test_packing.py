@@ -374,8 +374,7 @@ def test_a_token_outside_the_vocabulary_is_named(dataset, backend):
 
 @pytest.mark.parametrize("io", ["mmap", "pread", "ram"])
 def test_spans_are_read_across_shards(dataset, backend, io):
-    if (backend, io) == ("numpy", "pread"):
-        pytest.skip("NumPy has no pread")
+    io = "auto" if (backend, io) == ("numpy", "pread") else io  # which NumPy does not have
     corpus = TokenCorpus.from_dataset(dataset([10, 0, 3, 30, 0]), "train", backend, io)
     assert corpus.read_span(8, 7).tolist() == list(range(8, 15))
     assert corpus.read_span(0, 43).tolist() == list(range(43))
