@@ -206,6 +206,12 @@ class TrainConfig:
         "what runs the operators; auto: what is fastest on the device",
         choices=("auto", "triton", "reference", "inductor"),
     )
+    documents: str = opt(
+        "concat",
+        "concat: attention crosses document ends; mask: it does not; bestfit: rows are packed "
+        "with documents, whole where they fit",
+        choices=("concat", "mask", "bestfit"),
+    )
     seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)
     eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
     eval_iters: int = opt(200, "batches per evaluation", lo=1)

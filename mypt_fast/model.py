@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mypt_fast import kernels
 from mypt_fast.accounting import swiglu_hidden
+from mypt_fast.attention import Segments, attend
 from mypt_fast.config import ModelConfig
 from mypt_fast.kernels import rope_tables
 
@@ -101,7 +102,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, place: "Place", layer: int) -> Tensor:
         """x: (B, T, C)."""
         B, T, C = x.shape
-        qkv, cache, mask = self.qkv(x), place.cache, place.mask
+        qkv, cache, mask = self.qkv(x), place.cache, None
         if place.rope is not None:
             q, k, v = kernels.rope_qkv(
                 qkv, *place.rope, self.n_head, positions=place.positions, impl=self.impl
@@ -111,15 +112,18 @@ class CausalSelfAttention(nn.Module):
                 t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                 for t in qkv.split(C, dim=2)
             )
+        dropout_p = self.dropout if self.training else 0.0
+        if place.segments is not None:
+            y = attend(q, k, v, place.segments, dropout_p)
+            return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
         past = cache.length if cache is not None else 0
         if cache is not None:
             k, v = cache.extend(layer, k, v)
             if past and T > 1:  # a block of new tokens behind cached ones: causal, shifted by past
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and not past,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+            q, k, v, attn_mask=mask, is_causal=mask is None and not past, dropout_p=dropout_p
+        )
         return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
@@ -167,7 +171,7 @@ class Place:
 
     rope: Pair | None = None  # cosines and sines, (positions, D/2)
     positions: Tensor | None = None  # (B, T) rows of those; None: 0 .. T-1
-    mask: Tensor | None = None  # (B, 1, T, T) bool; None: causal
+    segments: Segments | None = None  # documents that do not see each other
     cache: KVCache | None = None
 
 
@@ -201,7 +205,7 @@ class Block(nn.Module):
         Args:
             x: the residual stream.
             branch: what is to join it first; None before the first block.
-            place: positions, mask and cache.
+            place: positions, documents and cache.
             layer: of the cache.
             seeds: of the dropout on `branch` and on the attention's.
         """
@@ -298,6 +302,7 @@ class GPT(nn.Module):
         loss_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Segments | None = None,
     ) -> Tensor:
         """Return logits, or the summed loss when there are targets.
 
@@ -305,8 +310,11 @@ class GPT(nn.Module):
             idx: (B, T) int64 token ids, T <= block_size.
             targets: (B, T) int64; -100 is ignored.
             loss_mask: (B, T) factor of each position's loss.
-            segment_ids: (B, T) int64 of packed rows, 0 for padding.
-            cache: keys and values of earlier tokens; grows by T.
+            segment_ids: (B, T) int64 of packed rows, 0 for padding: documents, a run of equal ids
+                each. Reading them stops a GPU; `documents` does not.
+            cache: keys and values of earlier tokens; grows by T. Not beside documents.
+            documents: what attends to itself alone; its positions start from 0, unless
+                segment_position_reset is off.
 
         Returns:
             (B, T, V) logits; or with `targets` the fp32 sum of the losses, whose logits are
@@ -314,7 +322,9 @@ class GPT(nn.Module):
         """
         if self.training and self.config.dropout:
             check_memory_budget()
-        x = self.hidden(idx, segment_ids, cache, self._seeds(idx.device))
+        if segment_ids is not None:
+            documents = Segments.from_ids(segment_ids)
+        x = self.hidden(idx, documents, cache, self._seeds(idx.device))
         if targets is None:
             return self.lm_head(x)
         return kernels.linear_cross_entropy(
@@ -338,7 +348,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         idx: Tensor,
-        segment_ids: Tensor | None = None,
+        documents: Segments | None = None,
         cache: KVCache | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
@@ -349,7 +359,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: at most block_size={self.config.block_size} positions; found {past + T}"
             )
-        x, place = self._embed(idx, segment_ids, cache, past)
+        if documents is not None:
+            check_documents(documents, idx, cache)
+        x, place = self._embed(idx, documents, cache, past)
         if self.training and self.config.neftune_alpha > 0:
             bound = self.config.neftune_alpha / math.sqrt(T * x.shape[2])
             x = x + torch.empty_like(x).uniform_(-bound, bound)
@@ -363,15 +375,13 @@ class GPT(nn.Module):
         return join(self.ln_f, x, branch, self.config.dropout, per_join[-1])[0]
 
     def _embed(
-        self, idx: Tensor, segment_ids: Tensor | None, cache: KVCache | None, past: int
+        self, idx: Tensor, documents: Segments | None, cache: KVCache | None, past: int
     ) -> tuple[Tensor, Place]:
         """Embed the tokens, and say where they stand."""
         x, here = self.token_embedding_table(idx), slice(past, past + idx.shape[1])
-        place = Place(cache=cache)
-        reset = segment_ids is not None and self.config.segment_position_reset
-        if segment_ids is not None:
-            place.mask = segment_mask(segment_ids)
-            place.positions = segment_positions(segment_ids) if reset else None
+        place = Place(cache=cache, segments=documents)
+        if documents is not None and self.config.segment_position_reset:
+            place.positions = documents.positions
         if self.config.pos_encoding == "learned":
             return x + self.position_embedding_table.weight[
                 here if place.positions is None else place.positions
@@ -400,16 +410,12 @@ def check_memory_budget() -> None:
         )
 
 
-def segment_mask(segment_ids: Tensor) -> Tensor:
-    """Who may attend to whom in packed rows: same segment and not later. (B, 1, T, T) bool."""
-    same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
-    return same.tril().unsqueeze(1)
-
-
-def segment_positions(segment_ids: Tensor) -> Tensor:
-    """Positions that restart wherever the segment id changes. (B, T) int64."""
-    T = segment_ids.shape[1]
-    steps = torch.arange(T, device=segment_ids.device)
-    change = torch.ones_like(segment_ids, dtype=torch.bool)
-    change[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return steps - torch.where(change, steps, 0).cummax(1).values
+def check_documents(documents: Segments, idx: Tensor, cache: KVCache | None) -> None:
+    """Refuse documents of another batch, and beside a cache; raises ValueError."""
+    if cache is not None:
+        raise ValueError("GPT: expected documents or a cache; found both")
+    if documents.positions.shape != idx.shape:
+        raise ValueError(
+            f"GPT: expected documents of a batch {tuple(idx.shape)}; "
+            f"found {tuple(documents.positions.shape)}"
+        )

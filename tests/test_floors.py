@@ -12,7 +12,7 @@ FLOORS = (
     {"__init__", "errors"},
     {"config", "presets", "settings", "accounting", "console", "run_log", "publish"},
     {"kernels", "tokenizer", "tokenizer_state", "gpt2_files", "data", "_native"},
-    {"model"},
+    {"attention", "model"},
     {"lora", "generate", "plot", "checkpoint"},
     {"training"},
     {"core", "cli", "__main__"},

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mypt_fast.data.annotations import joined_ends
 from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
 from mypt_fast.data.order import SampleStream
 from mypt_fast.data.reader import (
@@ -21,6 +22,7 @@ from mypt_fast.data.reader import (
     narrow,
     native_module,
 )
+from mypt_fast.data.spans import Spans
 from mypt_fast.errors import DataError
 
 BACKENDS = ("auto", "native", "numpy")
@@ -51,6 +53,8 @@ class TokenCorpus:
         self._ends = np.cumsum(np.array(sizes, dtype=np.int64))
         self._native: Any = None
         self._arrays: list[Tokens] = []
+        self._shards: list[Shard] = []
+        self._spans: Spans | None = None
         self._closed = False
 
     @classmethod
@@ -78,6 +82,7 @@ class TokenCorpus:
             [shard.n_tokens for shard in shards],
             dataset_fingerprint(shards),
         )
+        corpus._shards = shards
         if module := corpus._choose(backend):
             corpus.io = _fitting_io(shards, module) if io == "auto" else io
             specs = [(str(s.path), s.width, s.n_tokens, s.offset, _file_size(s)) for s in shards]
@@ -101,6 +106,7 @@ class TokenCorpus:
         array = narrow(np.asarray(tokens))
         digest = xxhash.xxh3_64_hexdigest(array.astype("<u4").tobytes())
         corpus = cls("text in memory", ["the text"], [array.size], digest)
+        corpus._spans = Spans.of_array(array)
         if module := corpus._choose(backend):
             corpus._native = module.Corpus.wrap(array)
         else:
@@ -124,9 +130,28 @@ class TokenCorpus:
         begin = int(self._ends[shard - 1]) if shard else 0
         return self._names[shard], token - begin
 
+    def read_span(self, start: int, count: int) -> Tokens:
+        """Return the tokens [start, start + count) of the corpus, from as many shards as it takes.
+
+        Raises:
+            ValueError: they are not in the corpus, or it is closed.
+            DataError, DataChangedError: a shard can no longer be read as it was.
+        """
+        if self._closed or not 0 <= start <= start + count <= self.n_tokens:
+            state = "closed" if self._closed else f"of {self.n_tokens} tokens"
+            raise ValueError(f"tokens [{start}, +{count}) of {self.source}, which is {state}")
+        if self._spans is None:
+            self._spans = Spans.of_shards(self._shards, self.io)
+        return self._spans.read(start, count)
+
+    def document_ends(self) -> NDArray[np.uint64] | None:
+        """Where documents end, ascending; None where the dataset has no index of them."""
+        return joined_ends(self._shards)
+
     def close(self) -> None:
         """Let go of the files; readers made before keep theirs until they are dropped."""
         self._native, self._arrays, self._closed = None, [], True
+        self._spans = None
 
     def _choose(self, backend: str) -> ModuleType | None:
         if backend not in BACKENDS:

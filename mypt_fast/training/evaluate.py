@@ -4,20 +4,21 @@ from collections.abc import Callable
 
 import torch
 
-from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.document_loader import Loader
 from mypt_fast.model import GPT
+from mypt_fast.training.feed import model_inputs, to_device, valid_targets
 
 
 @torch.no_grad()
 def mean_loss(
     model: GPT,
-    loader: TokenLoader,
+    loader: Loader,
     windows: int,
     rows: int,
     device: torch.device,
     between: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean cross-entropy per token over the loader's first `windows` samples.
+    """Mean cross-entropy per valid token over the loader's first `windows` samples.
 
     Args:
         model: left in the mode it came in.
@@ -30,14 +31,14 @@ def mean_loss(
     windows = max(1, min(windows, loader.n_windows))
     was_training = model.training
     model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    total, tokens = torch.zeros((), dtype=torch.float64), 0.0
+    put = to_device(device)
     try:
         for first in range(0, windows, rows):
             between()
-            x, y = (torch.from_numpy(a) for a in loader.read(first, min(rows, windows - first)))
-            loss = model(x.to(device), y.to(device))
-            total += loss.double().cpu()
-            tokens += y.numel()
+            batch = loader.read(first, min(rows, windows - first))
+            total += model(**model_inputs(batch, put)).double().cpu()
+            tokens += valid_targets(batch)
     finally:
         model.train(was_training)
-    return float(total / tokens)
+    return float(total / max(tokens, 1.0))

@@ -61,6 +61,7 @@ class Journal:
                 "gold_selection": tc.to_dict()["gold_selection"],
                 "micro_batch_size": self.run.micro_batch,
                 "seed": tc.seed,
+                "documents": tc.documents,
             },
             model={
                 "total_params": accounting.count_parameters(cfg).total,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.document_loader import Loader
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import device as devices
@@ -25,7 +25,7 @@ class Run:
     precision: devices.Precision
     tokenizer: Tokenizer
     phases: list[Phase]
-    eval_sets: dict[str, TokenLoader]
+    eval_sets: dict[str, Loader]
     micro_batch: int
     loader_note: str
     train_tokens: int

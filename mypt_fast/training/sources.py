@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mypt_fast.config import CurriculumPhase
+from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import ConfigError, DataError
@@ -27,8 +28,8 @@ class Phase:
 
     name: str
     until: int | None
-    train: TokenLoader
-    val: TokenLoader
+    train: Loader
+    val: Loader
     source: str
 
 
@@ -46,6 +47,8 @@ class DataOpener:
     ) -> None:
         self.settings, self.notices, self.progress = settings, notices, progress
         self.loader_note = ""
+        self.eot_id: int | None = None  # of the run's tokenizer
+        self._boundaries_noted = False
         path = settings.run_dir / "tokenizer.json"
         has_saved = settings.resume and path.is_file()
         self.saved_tokenizer = (
@@ -88,33 +91,44 @@ class DataOpener:
         data.dataset_dir = parts[0].dataset_dir
         return tokenizer, phases, opened[0][1][0].n_tokens, opened[0][1][1].n_tokens
 
-    def eval_sets(self, tokenizer: Tokenizer) -> dict[str, TokenLoader]:
+    def eval_sets(self, tokenizer: Tokenizer) -> dict[str, Loader]:
         """Open the further validation sets, by name."""
         named = dict(self.settings.train.eval_sets or {})
         if self.settings.data.eval_dataset_dir:
             named["general"] = self.settings.data.eval_dataset_dir
-        loaders = {}
+        loaders: dict[str, Loader] = {}
         for name, folder in named.items():
             self._same_tokenizer(tokenizer, folder)
             loaders[name] = self._eval_loader(TokenCorpus.from_dataset(folder, "val"))
         return loaders
 
     def _phase(self, name: str, until: int | None, corpora: Corpora, source: str) -> Phase:
-        cfg, s = self.settings.model, self.settings
-        train = TokenLoader(
-            corpora[0],
-            cfg.block_size,
-            seed=s.train.seed,
-            global_batch=s.global_batch,
-            vocab_size=cfg.vocab_size,
-        )
+        s = self.settings
+        train = self._loader(corpora[0], s.train.seed, s.global_batch)
         self.loader_note = corpora[0].backend_note
+        if s.train.documents != "concat":
+            self.loader_note += f"; documents: {s.train.documents}"
         return Phase(name, until, train, self._eval_loader(corpora[1]), source)
 
-    def _eval_loader(self, corpus: TokenCorpus) -> TokenLoader:
-        cfg = self.settings.model
-        seed = self.settings.train.eval_seed
-        return TokenLoader(corpus, cfg.block_size, seed=seed, vocab_size=cfg.vocab_size)
+    def _eval_loader(self, corpus: TokenCorpus) -> Loader:
+        return self._loader(corpus, self.settings.train.eval_seed, 1)
+
+    def _loader(self, corpus: TokenCorpus, seed: int, global_batch: int) -> Loader:
+        cfg, mode = self.settings.model, self.settings.train.documents
+        common: dict[str, Any] = {
+            "seed": seed, "global_batch": global_batch, "vocab_size": cfg.vocab_size,
+        }  # fmt: skip
+        if mode == "concat":
+            return TokenLoader(corpus, cfg.block_size, **common)
+        if self.settings.data.input_file:  # a text file is one document
+            ends, note = np.array([corpus.n_tokens]), ""
+        else:
+            ends, note = document_ends(corpus, self.eot_id)
+        if note and not self._boundaries_noted:
+            self.notices.append(note)
+            self._boundaries_noted = True
+        pad = 0 if self.eot_id is None else self.eot_id
+        return DocumentLoader(corpus, cfg.block_size, ends, mode, pad_id=pad, **common)
 
     def _dataset(self, folder: str) -> Corpora:
         path = Path(folder)
@@ -180,7 +194,7 @@ class DataOpener:
                 )
 
     def _fit_vocabulary(self, tokenizer: Tokenizer, source: str) -> None:
-        cfg = self.settings.model
+        cfg, self.eot_id = self.settings.model, tokenizer.eot_id
         needed = tokenizer.model_vocab_size
         if self.settings.resume:
             if tokenizer.n_tokens > cfg.vocab_size:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from mypt_fast import console
 from mypt_fast.checkpoint.bundle import check_writable
 from mypt_fast.config import GoldSelection, TrainConfig
-from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.document_loader import Loader
 from mypt_fast.errors import ConfigError
 from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.evaluate import mean_loss
 from mypt_fast.training.events import EventLog
+from mypt_fast.training.feed import model_inputs, step_weight
 from mypt_fast.training.gold import Decision, decide
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.optim import adamw
@@ -131,17 +132,18 @@ class Trainer:
         speed, peak = self.tokens_per_step / seconds, devices.peak_bytes(self.device)
         self.live.step(self.step + 1, loss, speed, peak)
 
-    def _accumulate(self, loader: TokenLoader) -> Tensor:
-        """Add up the gradients of the global batch; returns its mean loss."""
+    def _accumulate(self, loader: Loader) -> Tensor:
+        """Add up the gradients of the global batch; returns its mean loss per valid token."""
         total = torch.zeros((), device=self.device)
         left = self.settings.global_batch
+        # of the whole step, known before its first token: accumulation never changes the objective
+        weight = step_weight(loader, self.tokens_per_step)
         while left:
             self.stop.raise_if_set()
-            x, y = loader.next(min(self.run.micro_batch, left))
-            left -= len(x)
+            batch = loader.next(min(self.run.micro_batch, left))
+            left -= len(batch[0])
             with self.precision.autocast():
-                # divided by the tokens of the whole step: accumulation never changes the objective
-                loss = self.model(self._put(x), self._put(y)) / self.tokens_per_step
+                loss = self.model(**model_inputs(batch, self._put)) / weight
             self.scaler.scale(loss).backward()
             total += loss.detach()
             if left:
@@ -163,7 +165,7 @@ class Trainer:
         due = self.step % self.train_cfg.eval_interval == 0
         return due and self.step != self.store.progress.last_eval_step
 
-    def _mean_loss(self, loader: TokenLoader) -> float:
+    def _mean_loss(self, loader: Loader) -> float:
         windows = self.train_cfg.eval_iters * self.cfg.batch_size
         rows = min(2 * self.run.micro_batch, self.cfg.batch_size)  # no gradients: twice fits
         with self.precision.autocast():
