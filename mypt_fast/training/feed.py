@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from mypt_fast.attention import Segments
 from mypt_fast.data.document_loader import DocumentLoader, Loader
+from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.packing import Documents
 
 Put = Callable[[NDArray[Any]], Tensor]
@@ -52,6 +53,42 @@ def step_weight(loader: Loader, tokens_per_step: int) -> float:
     if isinstance(loader, DocumentLoader):
         return max(loader.step_weight(), 1.0)
     return tokens_per_step
+
+
+def next_inputs(loader: Loader, rows: int, device: torch.device) -> dict[str, Any]:
+    """Read the next rows and bring them to `device`, as arguments of `GPT.forward`.
+
+    A GPU gets plain windows as they lie in the shards, two bytes a token, by a copy that nothing
+    waits for, and widens them itself; the loader keeps the batch until the copy is done.
+    """
+    if device.type != "cuda" or not isinstance(loader, TokenLoader):
+        return model_inputs(loader.next(rows), to_device(device))
+    inputs = widened(
+        torch.from_numpy(signed(loader.next_windows(rows))).to(device, non_blocking=True)
+    )
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(device))
+    loader.hold(copied)
+    return inputs
+
+
+def signed(windows: NDArray[Any]) -> NDArray[Any]:
+    """The same bytes as signed integers: torch does little with unsigned ones."""
+    return windows.view(f"i{windows.itemsize}")
+
+
+def widened(windows: Tensor) -> dict[str, Tensor]:
+    """Inputs and targets, (B, T) int64, of `signed` windows (B, T + 1)."""
+    bits = 8 * windows.element_size()
+    tokens = windows.long() & ((1 << bits) - 1)
+    return {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array in page-locked memory, from which a GPU copies without the CPU."""
+    kind = np.dtype(dtype)
+    size = int(np.prod(shape)) * kind.itemsize
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().view(kind).reshape(shape)
 
 
 def to_device(device: torch.device) -> Put:

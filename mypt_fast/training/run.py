@@ -79,7 +79,7 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     )
     devices.check_kernels(settings.train.kernels, device, precision)
     notices = [n for n in (note, amp_note) if n]
-    opener = DataOpener(settings, notices, progress)
+    opener = DataOpener(settings, notices, progress, device)
     tokenizer, phases, train_tokens, val_tokens = opener.open()
     eval_sets = opener.eval_sets(tokenizer)
     notices += not_done(settings)

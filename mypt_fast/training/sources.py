@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
 from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.prefetch import aligned
 from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import ConfigError, DataError
 from mypt_fast.presets import read_json
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
+from mypt_fast.training.feed import pinned
 
+PREFETCH = 8  # batches
 MAX_TOKENIZER_BYTES = 64 << 20
 Corpora = tuple[TokenCorpus, TokenCorpus]  # train, val
 
@@ -40,11 +44,17 @@ class DataOpener:
         settings: of the run; `settings.model.vocab_size` is set from the tokenizer.
         notices: lines for the user are appended here.
         progress: called with (phase, done, total) while the demo corpus is made.
+        device: that trains; batches for a GPU wait in page-locked memory.
     """
 
     def __init__(
-        self, settings: Settings, notices: list[str], progress: Callable[..., Any] | None
+        self,
+        settings: Settings,
+        notices: list[str],
+        progress: Callable[..., Any] | None,
+        device: torch.device,
     ) -> None:
+        self._on_gpu = device.type == "cuda"
         self.settings, self.notices, self.progress = settings, notices, progress
         self.loader_note = ""
         self.eot_id: int | None = None  # of the run's tokenizer
@@ -104,7 +114,7 @@ class DataOpener:
 
     def _phase(self, name: str, until: int | None, corpora: Corpora, source: str) -> Phase:
         s = self.settings
-        train = self._loader(corpora[0], s.train.seed, s.global_batch)
+        train = self._loader(corpora[0], s.train.seed, s.global_batch, is_training=True)
         self.loader_note = corpora[0].backend_note
         if s.train.documents != "concat":
             self.loader_note += f"; documents: {s.train.documents}"
@@ -113,12 +123,18 @@ class DataOpener:
     def _eval_loader(self, corpus: TokenCorpus) -> Loader:
         return self._loader(corpus, self.settings.train.eval_seed, 1)
 
-    def _loader(self, corpus: TokenCorpus, seed: int, global_batch: int) -> Loader:
+    def _loader(
+        self, corpus: TokenCorpus, seed: int, global_batch: int, is_training: bool = False
+    ) -> Loader:
         cfg, mode = self.settings.model, self.settings.train.documents
         common: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "vocab_size": cfg.vocab_size,
         }  # fmt: skip
         if mode == "concat":
+            if is_training and (self._on_gpu or corpus.io == "pread"):
+                # mapped tokens cost a CPU step nothing; a disk, or a copy to a GPU, is worth a thread
+                common["prefetch"] = PREFETCH
+                common["allocate"] = pinned if self._on_gpu else aligned
             return TokenLoader(corpus, cfg.block_size, **common)
         if self.settings.data.input_file:  # a text file is one document
             ends, note = np.array([corpus.n_tokens]), ""

@@ -7,9 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.evaluate import mean_loss
 from mypt_fast.training.events import EventLog
-from mypt_fast.training.feed import model_inputs, step_weight
+from mypt_fast.training.feed import next_inputs, step_weight
 from mypt_fast.training.gold import Decision, decide
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.optim import adamw
@@ -140,18 +138,15 @@ class Trainer:
         weight = step_weight(loader, self.tokens_per_step)
         while left:
             self.stop.raise_if_set()
-            batch = loader.next(min(self.run.micro_batch, left))
-            left -= len(batch[0])
+            inputs = next_inputs(loader, min(self.run.micro_batch, left), self.device)
+            left -= len(inputs["idx"])
             with self.precision.autocast():
-                loss = self.model(**model_inputs(batch, self._put)) / weight
+                loss = self.model(**inputs) / weight
             self.scaler.scale(loss).backward()
             total += loss.detach()
             if left:
                 self.live.within(self.step + 1, self.settings.global_batch - left, left)
         return total
-
-    def _put(self, rows: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(rows).to(self.device)
 
     def _note_phase(self) -> None:
         now = self.run.phase_at(self.step)
