@@ -212,6 +212,12 @@ class TrainConfig:
         "with documents, whole where they fit",
         choices=("concat", "mask", "bestfit"),
     )
+    order: str = opt(
+        "epoch",
+        "windows of the training data; epoch: each once, shuffled; replacement: drawn at random; "
+        "block: shuffled within a few large blocks, for slow disks; sequential: as they lie",
+        choices=("epoch", "replacement", "block", "sequential"),
+    )
     seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)
     eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
     eval_iters: int = opt(200, "batches per evaluation", lo=1)
@@ -223,6 +229,9 @@ class TrainConfig:
     freeze_embeddings: bool = opt(False, "do not train the embeddings")
     eval_sets: dict[str, str] | None = opt(
         None, "name: dataset_dir of further validation sets", flag=False
+    )
+    mixture: dict[str, float] | None = opt(
+        None, "dataset_dir: share of the training windows that come from it", flag=False
     )
     curriculum: Curriculum | None = opt(None, "datasets by phase", flag=False)
     gold_selection: GoldSelection | None = opt(None, "how gold is chosen", flag=False)

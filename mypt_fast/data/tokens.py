@@ -41,12 +41,14 @@ class TokenCorpus:
         backend_note: one line for people: which loader runs, and why if it is the slower one.
         fingerprint: 16 hex digits; two corpora with the same one hold the same tokens.
         io: how tokens are reached: "mmap", "pread" or "ram".
+        source_sizes: tokens of each dataset.
     """
 
     def __init__(self, source: str, names: list[str], sizes: list[int], fingerprint: str) -> None:
         """Only describe a corpus; use `from_dataset` or `from_tokens`."""
         self.source, self.fingerprint = source, fingerprint
         self.n_tokens = sum(sizes)
+        self.source_sizes = [self.n_tokens]
         self.backend = self.backend_note = ""
         self.io = "ram"
         self._names = names
@@ -61,10 +63,21 @@ class TokenCorpus:
     def from_dataset(
         cls, dataset_dir: Path | str, split: Split, backend: str = "auto", io: str = "auto"
     ) -> TokenCorpus:
-        """Open one split of a dataset directory; its shards are checked first.
+        """Open one split of a dataset directory; see `from_datasets`."""
+        return cls.from_datasets([dataset_dir], split, backend, io)
+
+    @classmethod
+    def from_datasets(
+        cls,
+        dataset_dirs: Sequence[Path | str],
+        split: Split,
+        backend: str = "auto",
+        io: str = "auto",
+    ) -> TokenCorpus:
+        """Open one split of datasets, one after another; their shards are checked first.
 
         Args:
-            dataset_dir: the dataset.
+            dataset_dirs: the datasets.
             split: "train" or "val".
             backend: "native", "numpy", or "auto": native where it was built.
             io: "mmap" is fastest for what is in the page cache; a file that is cut short under it
@@ -75,13 +88,15 @@ class TokenCorpus:
         """
         if io not in IO:
             raise ValueError(f"io is one of {', '.join(IO)}, not {io!r}")
-        shards = open_split(Path(dataset_dir), split)
+        sources = [open_split(Path(folder), split) for folder in dataset_dirs]
+        shards = [shard for source in sources for shard in source]
         corpus = cls(
-            f"{split} split of {dataset_dir}",
+            f"{split} split of {', '.join(map(str, dataset_dirs))}",
             [shard.name for shard in shards],
             [shard.n_tokens for shard in shards],
             dataset_fingerprint(shards),
         )
+        corpus.source_sizes = [sum(s.n_tokens for s in source) for source in sources]
         corpus._shards = shards
         if module := corpus._choose(backend):
             corpus.io = _fitting_io(shards, module) if io == "auto" else io

@@ -13,6 +13,8 @@ import torch
 from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
 from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.mixture import MixtureOrder
+from mypt_fast.data.order import SampleStream
 from mypt_fast.data.prefetch import aligned
 from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import ConfigError, DataError
@@ -81,6 +83,8 @@ class DataOpener:
             self._fit_vocabulary(tokenizer, data.input_file)
             phases = [self._phase("train", None, corpora, data.input_file)]
             return tokenizer, phases, corpora[0].n_tokens, corpora[1].n_tokens
+        if self.settings.train.mixture:
+            return self._open_mixture(self.settings.train.mixture)
         parts = list(curriculum.phases) if curriculum else []
         if not parts:
             parts = [CurriculumPhase(name="train", dataset_dir=data.dataset_dir or self._demo())]
@@ -100,6 +104,27 @@ class DataOpener:
         ]
         data.dataset_dir = parts[0].dataset_dir
         return tokenizer, phases, opened[0][1][0].n_tokens, opened[0][1][1].n_tokens
+
+    def _open_mixture(self, shares: dict[str, float]) -> tuple[Tokenizer, list[Phase], int, int]:
+        data, train = self.settings.data, self.settings.train
+        if train.curriculum or train.documents == "bestfit" or "dataset_dir" in self.settings.typed:
+            raise ConfigError(
+                "mixture names the datasets of the whole run",
+                "found it beside a curriculum, --documents bestfit or --dataset_dir",
+                "give one of them",
+            )
+        folders = list(shares)
+        tokenizer = self._dataset_tokenizer(folders[0])
+        self._fit_vocabulary(tokenizer, folders[0])
+        for folder in folders:
+            self._same_tokenizer(tokenizer, folder)
+        corpora = (
+            TokenCorpus.from_datasets(folders, "train"), TokenCorpus.from_datasets(folders, "val"),
+        )  # fmt: skip
+        data.dataset_dir = folders[0]
+        source = ", ".join(f"{folder} ({share:g})" for folder, share in shares.items())
+        phases = [self._phase("train", None, corpora, source)]
+        return tokenizer, phases, corpora[0].n_tokens, corpora[1].n_tokens
 
     def eval_sets(self, tokenizer: Tokenizer) -> dict[str, Loader]:
         """Open the further validation sets, by name."""
@@ -132,10 +157,11 @@ class DataOpener:
         }  # fmt: skip
         if mode == "concat":
             if is_training and (self._on_gpu or corpus.io == "pread"):
-                # mapped tokens cost a CPU step nothing; a disk, or a copy to a GPU, is worth a thread
+                # what is mapped costs a CPU nothing; a disk or a GPU is worth a thread
                 common["prefetch"] = PREFETCH
                 common["allocate"] = pinned if self._on_gpu else aligned
-            return TokenLoader(corpus, cfg.block_size, **common)
+            order = self._order(corpus, seed, self.settings.train.order if is_training else "epoch")
+            return TokenLoader(corpus, cfg.block_size, order=order, **common)
         if self.settings.data.input_file:  # a text file is one document
             ends, note = np.array([corpus.n_tokens]), ""
         else:
@@ -145,6 +171,16 @@ class DataOpener:
             self._boundaries_noted = True
         pad = 0 if self.eot_id is None else self.eot_id
         return DocumentLoader(corpus, cfg.block_size, ends, mode, pad_id=pad, **common)
+
+    def _order(self, corpus: TokenCorpus, seed: int, kind: str) -> SampleStream | str:
+        shares = self.settings.train.mixture
+        if not shares or len(corpus.source_sizes) < len(shares):
+            return kind
+        T = self.settings.model.block_size
+        try:
+            return MixtureOrder(corpus.source_sizes, T, seed, [(None, [*shares.values()])], kind)
+        except ValueError as e:
+            raise ConfigError(f"mixture of {corpus.source}", str(e), "change its shares") from e
 
     def _dataset(self, folder: str) -> Corpora:
         path = Path(folder)
