@@ -106,7 +106,7 @@ def test_an_unreadable_shard_is_named_even_to_root(dataset, monkeypatch):
     def refuse(path, *args):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("mypt_fast.data.format.files.os.open", refuse)
     with pytest.raises(DataError, match="Permission denied"):
         open_split(folder, "train")
 
@@ -175,7 +175,7 @@ def test_metadata_that_cannot_be_trusted_is_refused(dataset, content, message):
 
 def test_metadata_of_no_sane_size_is_not_read(dataset, monkeypatch):
     folder = dataset([4])
-    monkeypatch.setattr("mypt_fast.data.format._METADATA_LIMIT", 10)
+    monkeypatch.setattr("mypt_fast.data.format.metadata._METADATA_LIMIT", 10)
     with pytest.raises(IntegrityError, match="more than 10 bytes"):
         read_metadata(folder)
 

@@ -48,7 +48,7 @@ class Header:
         eot_id: the token that ends a document, or -1.
         max_token: the largest id of the payload, at least.
         tokenizer: SHA-256 of the tokenizer's state, or zeros.
-        payload_hash: XXH3-128 of the payload.
+        payload_hash: XXH3-128 of the payload; all three hashes as `digest()` gives them.
         mask_hash: XXH3-64 of the mask plane, or zeros.
         segments_hash: XXH3-64 of the segment plane, or zeros.
     """
@@ -115,7 +115,12 @@ def pack_header(header: Header) -> bytes:
 
 def pack_footer(file_size: int, tables: bytes | memoryview) -> bytes:
     """The last FOOTER_BYTES of a file; `tables` is documents and blocks."""
-    return _FOOTER.pack(FOOTER_MAGIC, file_size, xxhash.xxh3_64_intdigest(tables))
+    return pack_footer_of(file_size, xxhash.xxh3_64_intdigest(tables))
+
+
+def pack_footer_of(file_size: int, tables_hash: int) -> bytes:
+    """`pack_footer` where the XXH3-64 of the tables is known."""
+    return _FOOTER.pack(FOOTER_MAGIC, file_size, tables_hash)
 
 
 def unpack_header(data: bytes) -> Header:
