@@ -54,7 +54,7 @@ def find_folders(split_dir: Path, names: list[str]) -> Folders | None:
     folders = [
         split_dir / name
         for name in names
-        if name.startswith("shard_") and (split_dir / name).is_dir()
+        if name.startswith("shard_") and "." not in name and (split_dir / name).is_dir()
     ]
     direct = [name for name in (TOKENS, INDEX) if name in names]
     if not any((folder / TOKENS).exists() or (folder / INDEX).exists() for folder in folders):

@@ -58,6 +58,8 @@ def read_at(descriptor: int, size: int, offset: int, path: str | Path) -> bytes:
             part = os.pread(descriptor, left, offset)
         except OSError as error:
             raise DataError(f"shard {path}", f"cannot be read: {error.strerror}") from error
+        if len(part) == size:  # as almost always
+            return part
         if not part:
             raise DataChangedError(
                 f"shard {path}",
@@ -66,7 +68,7 @@ def read_at(descriptor: int, size: int, offset: int, path: str | Path) -> bytes:
             )
         parts.append(part)
         left, offset = left - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return b"".join(parts)
 
 
 def sampled_digest(descriptor: int, size: int, path: str | Path) -> str:
