@@ -107,8 +107,8 @@ def test_every_flipped_byte_between_them_is_found_by_a_full_verification(shard, 
 
 
 def test_every_truncation_and_extension_is_found_at_open(shard, data, tmp_path):
-    for size in range(1, len(data)):
-        shard.write_bytes(data[:size])
+    for size in range(len(data) - 1, 0, -1):
+        os.truncate(shard, size)
         with pytest.raises(IntegrityError):
             open_split(tmp_path, "train")
     for extra in (b"\0", bytes(8), bytes(4096), data):
