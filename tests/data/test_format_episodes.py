@@ -17,9 +17,7 @@ SPANS = [(0, 30), (30, 1), (31, 69)]
 def test_one_folder_a_split_is_read_with_all_that_lies_beside_the_tokens(tmp_path):
     mask, segments = TOKENS % 2, TOKENS % 7
     weights = TOKENS / 8
-    write_episodes(
-        tmp_path / "train", TOKENS, SPANS, mask=mask, weights=weights, segments=segments
-    )
+    write_episodes(tmp_path / "train", TOKENS, SPANS, mask=mask, weights=weights, segments=segments)
     (shard,) = open_split(tmp_path, "train")
     assert (shard.format, shard.name, shard.width, shard.n_tokens) == (
         "episodes", "train/tokens.bin", 4, 100,

@@ -62,7 +62,7 @@ def open_native(path: Path, label: str = "", check_tables: bool = True) -> tuple
         planes += (Plane("segments", path, layout.segments),)
     shard = Shard(
         path, header.width, header.n_tokens, layout.payload, digest, "native", label,
-        header.vocab_size, header.eot_id, header.max_token, documents, planes,
+        header.vocab_size, header.eot_id, header.max_token, documents, planes, "", header.tokenizer,
     )  # fmt: skip
     return shard, layout.footer - layout.documents if check_tables else 0
 

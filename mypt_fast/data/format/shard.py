@@ -78,6 +78,7 @@ class Shard:
         documents: where documents end; None where unknown.
         planes: what lies beside the tokens.
         notice: one line for people about how the file was understood.
+        tokenizer: SHA-256 of the tokenizer's state; zeros where unknown.
     """
 
     path: Path
@@ -93,6 +94,7 @@ class Shard:
     documents: Documents | None = None
     planes: tuple[Plane, ...] = ()
     notice: str = ""
+    tokenizer: bytes = bytes(32)
 
     @property
     def name(self) -> str:

@@ -12,17 +12,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import xxhash
 
 from mypt_fast.data.format import native, native_file
-from mypt_fast.data.format.dataset import has_split, open_split
 from mypt_fast.data.format.files import open_file
-from mypt_fast.data.format.metadata import read_metadata, recorded_shards
-from mypt_fast.data.format.shard import Shard, Split
+from mypt_fast.data.format.shard import Shard
+from mypt_fast.data.format.source import Source, open_source, token_dtype
 from mypt_fast.errors import (
     ChecksumError,
     DataChangedError,
@@ -43,6 +42,7 @@ class Report:
         tokens: how many they hold.
         bytes_read: of payload and planes.
         seconds: that took.
+        max_token: the largest id that was read.
         unhashed: names of shards for which no hash is recorded: ids and structure were checked.
     """
 
@@ -50,6 +50,7 @@ class Report:
     tokens: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
+    max_token: int = 0
     unhashed: list[str] = field(default_factory=list)
 
 
@@ -66,60 +67,52 @@ def verify_dataset(dataset_dir: Path, full: bool = True, workers: int | None = N
         IntegrityError: something is not as it was written.
         TokenRangeError: a token is not below the recorded vocab_size.
     """
-    dataset_dir = Path(dataset_dir)
-    splits: tuple[Split, ...] = get_args(Split)
-    found = [split for split in splits if has_split(dataset_dir, split)]
-    pairs: list[tuple[Shard, str]] = []
-    metadata = read_metadata(dataset_dir)
-    for split in found or splits[:1]:  # open_split says what is missing
-        recorded = recorded_shards(metadata, split) or {}
-        pairs += [
-            (shard, recorded.get(shard.path.name, {}).get("xxh3_128", ""))
-            for shard in open_split(dataset_dir, split, int64=True)
-        ]
-    return verify_shards(pairs, full, workers)
+    return verify_source(open_source(Path(dataset_dir)), full, workers)
 
 
-def verify_shards(
-    shards: list[tuple[Shard, str]], full: bool = True, workers: int | None = None
-) -> Report:
-    """Check opened shards, each with the XXH3-128 of its file where that is recorded."""
-    report = Report(len(shards), sum(shard.n_tokens for shard, _ in shards))
+def verify_source(source: Source, full: bool = True, workers: int | None = None) -> Report:
+    """`verify_dataset` of what was opened already."""
+    shards, digests = source.shards, source.recorded_digests()
+    report = Report(len(shards), sum(shard.n_tokens for shard in shards))
+    report.unhashed = [
+        shard.name
+        for shard, digest in zip(shards, digests, strict=True)
+        if shard.format != "native" and not digest
+    ]
     started = time.perf_counter()
-    threads = workers or min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         try:
-            tasks = [pool.submit(_verify_shard, shard, digest, full) for shard, digest in shards]
-            report.bytes_read = sum(task.result() for task in tasks)
+            for done, largest in pool.map(_verify_shard, shards, digests, repeat(full)):
+                report.bytes_read += done
+                report.max_token = max(report.max_token, largest)
         finally:
             pool.shutdown(cancel_futures=True)
     report.seconds = time.perf_counter() - started
-    report.unhashed = [s.name for s, digest in shards if s.format != "native" and not digest]
     return report
 
 
-def _verify_shard(shard: Shard, digest: str, full: bool) -> int:
-    """Return how many bytes were read."""
+def _verify_shard(shard: Shard, digest: str, full: bool) -> tuple[int, int]:
+    """Return how many bytes were read, and the largest id among them."""
     if shard.format == "native":
         return verify_native(shard.path, full)
     if shard.documents is not None:
         shard.document_ends()
-    return _verify_flat(shard, digest) if full else 0
+    return _verify_flat(shard, digest) if full else (0, 0)
 
 
-def verify_native(path: Path, full: bool = True) -> int:
-    """Check one native shard; return how many bytes of payload and planes were read."""
+def verify_native(path: Path, full: bool = True) -> tuple[int, int]:
+    """Check one native shard; return how many bytes were read, and the largest id among them."""
     file = native_file.inspect_native(path)
     _, blocks = native_file.read_tables(file)
     if not full:
-        return 0
+        return 0, 0
     header, layout = file.header, file.layout
-    payload_bytes = header.n_tokens * header.width
+    done, largest = header.n_tokens * header.width, 0
     whole = xxhash.xxh3_128()
     descriptor, _ = open_file(path)
     try:
-        for i, part in enumerate(_parts(descriptor, layout.payload, payload_bytes, path)):
-            _check_block(file, i, part, int(blocks[i]))
+        for i, part in enumerate(_parts(descriptor, layout.payload, done, path)):
+            largest = max(largest, _check_block(file, i, part, int(blocks[i])))
             whole.update(part)
         if whole.digest() != header.payload_hash:
             raise ChecksumError(
@@ -128,21 +121,20 @@ def verify_native(path: Path, full: bool = True) -> int:
                 f"{header.payload_hash.hex()}, though every block is as recorded",
                 _CURE,
             )
-        done = payload_bytes
-        for name, flag, begin, recorded in (
-            ("mask", native.FLAG_MASK, layout.mask, header.mask_hash),
-            ("segments", native.FLAG_SEGMENTS, layout.segments, header.segments_hash),
+        for name, begin, recorded in (
+            ("mask", layout.mask, header.mask_hash),
+            ("segments", layout.segments, header.segments_hash),
         ):
-            if header.flags & flag:
+            if begin:
                 _check_plane(descriptor, name, begin, header.n_tokens, recorded, path)
                 done += header.n_tokens
         _check_padding(descriptor, file)
     finally:
         os.close(descriptor)
-    return done
+    return done, largest
 
 
-def _check_block(file: native_file.NativeFile, i: int, part: memoryview, recorded: int) -> None:
+def _check_block(file: native_file.NativeFile, i: int, part: memoryview, recorded: int) -> int:
     header = file.header
     first = i * native.BLOCK_BYTES // header.width
     found = xxhash.xxh3_64_intdigest(part)
@@ -160,6 +152,7 @@ def _check_block(file: native_file.NativeFile, i: int, part: memoryview, recorde
             f"block {i} holds token {largest}, where the header says {header.max_token} at most",
             _CURE,
         )
+    return largest
 
 
 def _check_plane(
@@ -194,24 +187,24 @@ def _check_padding(descriptor: int, file: native_file.NativeFile) -> None:
                 )
 
 
-def _verify_flat(shard: Shard, digest: str) -> int:
+def _verify_flat(shard: Shard, digest: str) -> tuple[int, int]:
     """Read tokens whose file has no hashes of blocks; `digest` is of the file from its start."""
-    whole = xxhash.xxh3_128()
+    whole, largest = xxhash.xxh3_128(), 0
     descriptor, size = open_file(shard.path)
     payload = shard.n_tokens * shard.width
     try:
         if size != shard.offset + payload:
             raise DataChangedError(
-                f"shard {shard.path}", f"{size} bytes, not as when it was opened"
+                f"shard {shard.path}", f"{size} bytes; it was opened with others"
             )
         if digest:
             for part in _parts(descriptor, 0, shard.offset, shard.path):
                 whole.update(part)
-        limit = token_limit(shard)
         for i, part in enumerate(_parts(descriptor, shard.offset, payload, shard.path)):
             if digest:
                 whole.update(part)
-            check_range(shard, part, i * native.BLOCK_BYTES // shard.width, limit)
+            first = i * native.BLOCK_BYTES // shard.width
+            largest = max(largest, _check_range(shard, part, first))
     finally:
         os.close(descriptor)
     if digest and whole.hexdigest() != digest:
@@ -221,34 +214,22 @@ def _verify_flat(shard: Shard, digest: str) -> int:
             f"the metadata records {digest:.80}",
             _CURE,
         )
-    return payload
+    return payload, largest
 
 
-def token_limit(shard: Shard) -> int:
-    """What every id of a shard is below."""
-    if shard.vocab_size:
-        return shard.vocab_size
-    if shard.format == "megatron" and shard.width == 4:
-        return 1 << 31  # its int32 are not negative
-    return 1 << min(32, 8 * shard.width)
-
-
-def check_range(shard: Shard, part: memoryview, first: int, limit: int) -> None:
-    """Refuse ids that are not below `limit`, naming the first one's position.
-
-    Raises:
-        TokenRangeError: with the position in the shard.
-    """
-    tokens = np.frombuffer(part, f"<u{shard.width}")
-    if len(tokens) and int(tokens.max()) >= limit:
-        i = int(np.flatnonzero(tokens >= limit)[0])
-        signed = shard.format == "megatron" and shard.width > 2
-        value = tokens.view(f"<i{shard.width}")[i] if signed else tokens[i]
+def _check_range(shard: Shard, part: memoryview, first: int) -> int:
+    """Refuse ids outside of the vocabulary; return the largest of them."""
+    limit = shard.vocab_size or 1 << min(32, 8 * shard.width)
+    tokens = np.frombuffer(part, token_dtype(shard))
+    largest = int(tokens.max())
+    if largest >= limit or (tokens.dtype.kind == "i" and int(tokens.min()) < 0):
+        i = int(np.flatnonzero((tokens < 0) | (tokens >= limit))[0])
         raise TokenRangeError(
             f"shard {shard.path}",
-            f"token {value} at position {first + i} is not in [0, {limit})",
+            f"token {tokens[i]} at position {first + i} is not in [0, {limit})",
             "prepare the dataset again with the tokenizer that its vocabulary is of",
         )
+    return largest
 
 
 def _parts(descriptor: int, begin: int, size: int, path: Path) -> Iterator[memoryview]:

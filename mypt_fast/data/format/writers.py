@@ -203,12 +203,16 @@ class MegatronWriter(FlatWriter):
         self._entries.write(np.array([self._sequences], "<i8"))
         self._last_entry = self._sequences
 
-    def finish(self) -> None:
-        """Write the index; tokens after the last document are one more."""
+    def end_shard(self) -> None:
+        """End a document with what was written so far: none lies in two shards."""
         if self._begin < self.n_tokens:
             self._end_sequences(self.n_tokens)
         if self._last_entry < self._sequences:
             self._end_document()
+
+    def finish(self) -> None:
+        """Write the index; tokens after the last document are one more."""
+        self.end_shard()
         _close(self._file)
         code = {2: 8, 4: 4}[self.width]
         entries = self._entries.size // 8
