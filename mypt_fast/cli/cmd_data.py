@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "verify":
         return _verify(args, path)
     report = describe(path, args.input_dtype)
-    print(json.dumps(report, indent=2) if args.json else "\n".join(lines(report)))
+    print(json.dumps(report, indent=2) if args.json else "\n".join(map(_printable, lines(report))))
     return 0
 
 
@@ -105,10 +105,10 @@ def _verify(args: argparse.Namespace, path: Path) -> int:
     _tell(source.shards)
     if report.unhashed and args.full:
         console.notice(
-            f"note: no hash is recorded for {len(report.unhashed)} of {report.shards} shards "
-            f"({report.unhashed[0]}); of their tokens only the range was checked"
+            f"note: no hash is recorded for {len(report.unhashed)} of {_shards(report.shards)}; "
+            "of their tokens only the range was checked"
         )
-    done = f"{path}: {report.shards:,} shards, {report.tokens:,} tokens"
+    done = _printable(f"{path}: {_shards(report.shards)}, {report.tokens:,} tokens")
     if not args.full:
         print(f"{done}; headers, indexes and sizes are right (--full also reads the tokens)")
         return 0
@@ -129,9 +129,9 @@ def _convert(args: argparse.Namespace, path: Path) -> int:
         lossy=args.lossy, workers=args.workers,
     )  # fmt: skip
     for note in done.notes:
-        console.notice(f"note: {note}")
+        console.notice(_printable(f"note: {note}"))
     print(
-        f"{done.out}: {done.tokens:,} tokens as {target}, uint{8 * done.width}, "
+        f"{_printable(str(done.out))}: {done.tokens:,} tokens as {target}, uint{8 * done.width}, "
         f"in {done.seconds:.1f} s"
     )
     return 0
@@ -187,7 +187,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         shown = "documents not recorded" if documents is None else f"{documents:,} documents"
         out += [
             f"{split:<14}{found['format']}, {' and '.join(found['dtypes'])}: "
-            f"{found['tokens']:,} tokens, {shown}, {found['shards']:,} shards",
+            f"{found['tokens']:,} tokens, {shown}, {_shards(found['shards'])}",
             f"  fingerprint {found['fingerprint']}",
         ]
         ids = [
@@ -201,7 +201,16 @@ def lines(report: dict[str, Any]) -> list[str]:
     return out
 
 
+def _shards(n: int) -> str:
+    return f"{n:,} shard" if n == 1 else f"{n:,} shards"
+
+
+def _printable(line: str) -> str:
+    """No control character of a file's name reaches the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def _tell(shards: list[Shard]) -> None:
     for shard in shards:
         if shard.notice:
-            console.notice(f"note: {shard.notice}")
+            console.notice(_printable(f"note: {shard.notice}"))

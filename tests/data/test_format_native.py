@@ -252,7 +252,7 @@ def test_the_fingerprint_tells_shards_apart_by_everything_they_hold(tmp_path):
 def test_metadata_that_counts_other_tokens_is_refused(shard, tmp_path):
     entry = {"name": "train/shard_00000.bin", "tokens": 100}
     describe(tmp_path, format="native", shards=[entry])
-    with pytest.raises(TruncatedShardError, match="101 tokens, where .* says 100"):
+    with pytest.raises(TruncatedShardError, match=r"101 tokens, where .* says 100"):
         open_split(tmp_path, "train")
 
 

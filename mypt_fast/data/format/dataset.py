@@ -115,7 +115,7 @@ def open_file(path: Path, dtype: str | None = None) -> Shard:
         raise FormatError(
             f"shard {path}",
             f"no format's magic number: it begins with {head.hex() or 'nothing'}",
-            "name its --dtype, uint16 or uint32, where it is nothing but tokens",
+            "name its --input_dtype, uint16 or uint32, where it is nothing but tokens",
         )
     shard = raw.open_stream(path, WIDTHS[dtype], format="nanogpt", label=path.name)
     raw.check_width(shard, None)

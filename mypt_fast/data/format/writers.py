@@ -176,7 +176,7 @@ class MegatronWriter(FlatWriter):
         self._lengths, self._pointers = _Spool(path.parent), _Spool(path.parent)
         self._entries = _Spool(path.parent)
         self._entries.write(np.zeros(1, "<i8"))
-        self._begin = self._sequences = self._last_entry = 0
+        self._begin = self._sequences = 0
 
     def append(self, block: Block) -> None:
         """Write a block.
@@ -188,27 +188,32 @@ class MegatronWriter(FlatWriter):
         if self.width == 4:
             fit(block.tokens, 4, self.path, first, limit=1 << 31)
         super().append(block)
-        for end in (block.ends + np.uint64(first)).tolist():
-            self._end_sequences(end)
-            self._end_document()
+        if not len(block.ends):
+            return
+        ends = block.ends.astype("<i8") + first
+        starts = np.concatenate((np.array([self._begin], "<i8"), ends[:-1]))
+        if int((ends - starts).max()) <= _SEQUENCE:
+            self._write_sequences(starts, ends)
+            entries = np.arange(self._sequences - len(ends), self._sequences, dtype="<i8") + 1
+            self._entries.write(entries)
+        else:
+            for end in ends.tolist():
+                self._end_document(end)
 
-    def _end_sequences(self, end: int) -> None:
-        cuts = [*range(self._begin + _SEQUENCE, end, _SEQUENCE), end]
-        starts = [self._begin, *cuts[:-1]]
-        self._lengths.write(np.subtract(cuts, starts).astype("<i4"))
-        self._pointers.write(np.array(starts, "<i8") * self.width)
-        self._begin, self._sequences = end, self._sequences + len(cuts)
-
-    def _end_document(self) -> None:
+    def _end_document(self, end: int) -> None:
+        cuts = np.array([*range(self._begin, end, _SEQUENCE), end], "<i8")
+        self._write_sequences(cuts[:-1], cuts[1:])
         self._entries.write(np.array([self._sequences], "<i8"))
-        self._last_entry = self._sequences
+
+    def _write_sequences(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self._lengths.write((ends - starts).astype("<i4"))
+        self._pointers.write((starts * self.width).astype("<i8"))
+        self._begin, self._sequences = int(ends[-1]), self._sequences + len(ends)
 
     def end_shard(self) -> None:
         """End a document with what was written so far: none lies in two shards."""
         if self._begin < self.n_tokens:
-            self._end_sequences(self.n_tokens)
-        if self._last_entry < self._sequences:
-            self._end_document()
+            self._end_document(self.n_tokens)
 
     def finish(self) -> None:
         """Write the index; tokens after the last document are one more."""
