@@ -30,6 +30,7 @@ BLOCK_BYTES = 1 << 20
 FLAG_MASK, FLAG_SEGMENTS = 1, 2
 
 _ENDIAN_TAG = 0x01020304
+VERSION_AND_ENDIAN = struct.pack("<II", VERSION, _ENDIAN_TAG)  # what follows the magic
 _FIELDS = struct.Struct("<8sIIIIQQQqQ32s16s8s8s")
 _FOOTER = struct.Struct("<8sQQ")
 _MAX_COUNT = 1 << 62

@@ -86,7 +86,7 @@ def _refuse_foreign(descriptor: int, size: int, path: Path, explicit: bool) -> N
     begin = max(0, size - native.FOOTER_BYTES)
     tail = read_at(descriptor, size - begin, begin, path)
     begun = native.MAGIC.startswith(head[:8]) and size > 0  # also where it was cut within it
-    if begun or tail.startswith(native.FOOTER_MAGIC):
+    if begun or head[8:16] == native.VERSION_AND_ENDIAN or tail.startswith(native.FOOTER_MAGIC):
         found = f"begins with {head[:8].hex()} and ends like a native shard"
     elif _is_llmc(head, size) or (not explicit and _llmc_magic(head) in LLMC_MAGICS):
         found = "begins with a header of llm.c"

@@ -82,7 +82,7 @@ def verify_source(source: Source, full: bool = True, workers: int | None = None)
     started = time.perf_counter()
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         try:
-            for done, largest in pool.map(_verify_shard, shards, digests, repeat(full)):
+            for done, largest in pool.map(verify_shard, shards, digests, repeat(full)):
                 report.bytes_read += done
                 report.max_token = max(report.max_token, largest)
         finally:
@@ -91,8 +91,8 @@ def verify_source(source: Source, full: bool = True, workers: int | None = None)
     return report
 
 
-def _verify_shard(shard: Shard, digest: str, full: bool) -> tuple[int, int]:
-    """Return how many bytes were read, and the largest id among them."""
+def verify_shard(shard: Shard, digest: str = "", full: bool = True) -> tuple[int, int]:
+    """Check one shard; return how many bytes were read, and the largest id among them."""
     if shard.format == "native":
         return verify_native(shard.path, full)
     if shard.documents is not None:
