@@ -1,5 +1,6 @@
 """Native shards: what is read, and that no changed byte goes unseen."""
 
+import errno
 import os
 import struct
 
@@ -7,11 +8,20 @@ import numpy as np
 import pytest
 import xxhash
 
-from mypt_fast.data.format import dataset_fingerprint, native, native_file, open_file, open_split
-from mypt_fast.data.format.verify import verify_dataset
+from mypt_fast.data.format import (
+    dataset_fingerprint,
+    files,
+    native,
+    native_file,
+    open_file,
+    open_split,
+)
+from mypt_fast.data.format.source import open_source, read_blocks
+from mypt_fast.data.format.verify import verify_dataset, verify_source
 from mypt_fast.data.loader import TokenCorpus, TokenLoader
 from mypt_fast.errors import (
     ChecksumError,
+    DataChangedError,
     DataError,
     FormatError,
     IntegrityError,
@@ -254,6 +264,67 @@ def test_metadata_that_counts_other_tokens_is_refused(shard, tmp_path):
     describe(tmp_path, format="native", shards=[entry])
     with pytest.raises(TruncatedShardError, match=r"101 tokens, where .* says 100"):
         open_split(tmp_path, "train")
+
+
+def test_a_sound_shard_of_another_dataset_is_refused(shard, data, tmp_path):
+    entry = {"name": "train/shard_00000.bin", "tokens": 101}
+    right = xxhash.xxh3_128_hexdigest(TOKENS.astype("<u2").tobytes())
+    describe(tmp_path, format="native", shards=[entry | {"xxh3_128": right}])
+    assert open_split(tmp_path, "train")[0].n_tokens == 101
+    shard.write_bytes(native_bytes(TOKENS + 1))
+    with pytest.raises(ChecksumError, match=f"the metadata {right}; it is another dataset's"):
+        open_split(tmp_path, "train")
+
+
+def test_a_shard_that_is_cut_after_it_was_opened_is_an_error_not_a_crash(shard, tmp_path):
+    source = open_source(tmp_path)
+    os.truncate(shard, 4150)
+    with pytest.raises(TruncatedShardError, match="4150 bytes"):
+        list(read_blocks(source.shards[0]))
+    with pytest.raises(TruncatedShardError, match="4150 bytes, where its header says"):
+        source.shards[0].document_ends()
+    with pytest.raises(TruncatedShardError, match="4150 bytes"):
+        verify_source(source)
+    with pytest.raises(IntegrityError):
+        source.shards[0].read_plane("mask")
+
+
+def test_a_raw_shard_that_changes_after_it_was_opened_is_an_error(tmp_path):
+    path = write_file(tmp_path / "train/a.bin", np.arange(100, dtype="<u4").tobytes())
+    source = open_source(tmp_path)
+    os.truncate(path, 200)
+    with pytest.raises(DataChangedError, match=r"ends at byte 200, 200 bytes before it did"):
+        list(read_blocks(source.shards[0]))
+    with pytest.raises(DataChangedError, match=r"a\.bin; 200 bytes; it had others"):
+        verify_source(source)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        verify_source(source)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_named(shard, tmp_path, monkeypatch, code):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    source = open_source(tmp_path)
+    monkeypatch.setattr(files.os, "pread", fail)
+    monkeypatch.setattr(files.os, "preadv", fail)
+    match = f"shard_00000.bin; cannot be read: {os.strerror(code)}"
+    for use in (lambda: open_split(tmp_path, "train"), lambda: verify_source(source),
+                lambda: list(read_blocks(source.shards[0]))):  # fmt: skip
+        with pytest.raises(DataError, match=match):
+            use()
+
+
+def test_a_read_that_is_cut_short_by_the_system_goes_on(shard, tmp_path, monkeypatch):
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(files.os, "pread", lambda fd, size, at: pread(fd, min(size, 100), at))
+    monkeypatch.setattr(
+        files.os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:7]], at)
+    )
+    assert open_split(tmp_path, "train")[0].document_ends().tolist() == ENDS
+    assert verify_dataset(tmp_path).bytes_read == 404
 
 
 def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):

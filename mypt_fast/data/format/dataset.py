@@ -228,7 +228,8 @@ def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Sha
     shards, budget = [], native_file.TABLES_AT_OPEN
     for path in place.paths:
         label = path.name if place.flat else ""
-        shard, read = native_file.open_native(path, label, check_tables=budget > 0)
+        digest = recorded[path.name].get("xxh3_128", "") if recorded else ""
+        shard, read = native_file.open_native(path, label, budget > 0, digest)
         _check_recorded(shard, recorded)
         budget -= read
         shards.append(shard)
@@ -236,7 +237,7 @@ def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Sha
 
 
 def _check_recorded(shard: Shard, recorded: dict[str, dict[str, Any]]) -> None:
-    entry = recorded.get(shard.path.name)
+    entry = recorded.get(shard.path.name) if recorded else None
     if entry is not None and entry["tokens"] != shard.n_tokens:
         raise TruncatedShardError(
             f"shard {shard.path}",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -67,8 +68,7 @@ class Header:
     segments_hash: bytes = bytes(8)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where the parts of a file begin, in bytes; planes that are not there have offset 0."""
 
     payload: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -20,8 +21,7 @@ TABLES_AT_OPEN = 256 << 20
 CURE = "copy the file again, or prepare the dataset again"
 
 
-@dataclass(frozen=True)
-class NativeFile:
+class NativeFile(NamedTuple):
     """A native shard whose header and length were checked.
 
     Attributes:
@@ -36,14 +36,23 @@ class NativeFile:
     tables_hash: int
 
 
-def open_native(path: Path, label: str = "", check_tables: bool = True) -> tuple[Shard, int]:
+def open_native(
+    path: Path, label: str = "", check_tables: bool = True, payload_hash: str = ""
+) -> tuple[Shard, int]:
     """Open one shard; return it, and the bytes of tables that were checked.
+
+    Args:
+        path: the file.
+        label: its name in the dataset, see `Shard`.
+        check_tables: hash them now, rather than when they are first used.
+        payload_hash: what the metadata records of its tokens, XXH3-128 in hex, if anything.
 
     Raises:
         DataError: it is missing or cannot be read.
         FormatError: header or footer are not this format's.
         TruncatedShardError: it is shorter or longer than its header says.
-        ChecksumError: the document index or the block table differ from their hash.
+        ChecksumError: the document index or the block table differ from their hash, or the tokens
+            are others than the metadata records.
     """
     descriptor, size = open_file(path)
     try:
@@ -51,6 +60,13 @@ def open_native(path: Path, label: str = "", check_tables: bool = True) -> tuple
     finally:
         os.close(descriptor)
     header, layout = file.header, file.layout
+    if payload_hash and payload_hash != header.payload_hash.hex():
+        raise ChecksumError(
+            f"shard {path}",
+            f"its header records tokens that hash to {header.payload_hash.hex()}, the metadata "
+            f"{payload_hash:.80}",
+            "it is another dataset's file: " + CURE,
+        )
     documents = None
     if header.n_docs:
         read = DocumentReader(file)
