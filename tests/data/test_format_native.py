@@ -295,7 +295,7 @@ def test_a_raw_shard_that_changes_after_it_was_opened_is_an_error(tmp_path):
     os.truncate(path, 200)
     with pytest.raises(DataChangedError, match=r"ends at byte 200, 200 bytes before it did"):
         list(read_blocks(source.shards[0]))
-    with pytest.raises(DataChangedError, match=r"a\.bin; 200 bytes; it had others"):
+    with pytest.raises(DataChangedError, match=r"a\.bin; 200 bytes; it was opened with"):
         verify_source(source)
     path.unlink()
     with pytest.raises(DataError, match="cannot be read: No such file"):

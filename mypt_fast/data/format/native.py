@@ -37,7 +37,7 @@ _FOOTER = struct.Struct("<8sQQ")
 _MAX_COUNT = 1 << 62
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Header:
     """What a shard says of itself.
 

@@ -187,7 +187,7 @@ def check_ends(ends: Ends, n_tokens: int, path: Path) -> None:
     raise FormatError(f"document index of {path}", found, CURE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DocumentReader:
     """Reads the document ends of one native shard."""
 

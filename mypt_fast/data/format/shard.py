@@ -21,7 +21,7 @@ WIDTHS = {"uint16": 2, "uint32": 4}
 _PLANE_DTYPES = {"mask": "u1", "weights": "<f4", "segments": "u1"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plane:
     """One value a token, stored apart from the tokens.
 
@@ -42,7 +42,7 @@ class Plane:
         return np.dtype(_PLANE_DTYPES[self.kind])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Documents:
     """Where documents end, read when somebody asks.
 
@@ -59,7 +59,7 @@ class Documents:
     read: Callable[[], Ends]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One file of tokens.
 
