@@ -164,3 +164,23 @@ def test_uint16_is_read_where_it_is_declared(tmp_path):
         open_split(describe(tmp_path, dtype="uint16"), "train")
     TOKENS.astype("<u2").tofile(tmp_path / "train/tokens.bin")
     assert open_split(tmp_path, "train")[0].width == 2
+
+
+@pytest.mark.parametrize(
+    ("plane", "value", "match"),
+    [
+        ("mask", 2, r"mask .*mask\.bin; 2 at position 77"),
+        ("weights", np.nan, "weights .* nan at position 77"),
+        ("weights", np.inf, "inf at position 77"),
+        ("weights", -0.5, "-0.5 at position 77; a mask is 0 or 1, a weight is finite"),
+    ],
+)
+def test_values_that_are_no_masks_are_found_by_a_full_verification(tmp_path, plane, value, match):
+    values = np.ones(100, "<f4")
+    write_episodes(tmp_path / "train", TOKENS, SPANS, **{plane: values})
+    size = values.nbytes if plane == "weights" else 100
+    assert verify_dataset(tmp_path).bytes_read == 400 + size
+    values[77] = value
+    write_episodes(tmp_path / "train", TOKENS, SPANS, **{plane: values})
+    with pytest.raises(FormatError, match=match):
+        verify_dataset(tmp_path)

@@ -20,7 +20,7 @@ import xxhash
 
 from mypt_fast.data.format import native, native_file
 from mypt_fast.data.format.files import open_file
-from mypt_fast.data.format.shard import Shard
+from mypt_fast.data.format.shard import Plane, Shard
 from mypt_fast.data.format.source import Source, open_source, token_dtype
 from mypt_fast.errors import (
     ChecksumError,
@@ -97,7 +97,10 @@ def verify_shard(shard: Shard, digest: str = "", full: bool = True) -> tuple[int
         return verify_native(shard.path, full)
     if shard.documents is not None:
         shard.document_ends()
-    return _verify_flat(shard, digest) if full else (0, 0)
+    if not full:
+        return 0, 0
+    done, largest = _verify_flat(shard, digest)
+    return done + sum(_check_values(shard, plane) for plane in shard.planes), largest
 
 
 def verify_native(path: Path, full: bool = True) -> tuple[int, int]:
@@ -230,6 +233,32 @@ def _check_range(shard: Shard, part: memoryview, first: int) -> int:
             "prepare the dataset again with the tokenizer that its vocabulary is of",
         )
     return largest
+
+
+def _check_values(shard: Shard, plane: Plane) -> int:
+    """Refuse masks that are neither 0 nor 1 and weights that are no weights; return bytes read."""
+    size = plane.dtype.itemsize
+    descriptor, _ = open_file(plane.path, plane.kind)
+    try:
+        parts = _parts(descriptor, plane.offset, shard.n_tokens * size, plane.path)
+        for i, part in enumerate(parts):
+            values = np.frombuffer(part, plane.dtype)
+            if plane.kind == "mask":
+                wrong = values > 1
+            elif plane.kind == "weights":
+                wrong = ~(np.isfinite(values) & (values >= 0))
+            else:
+                continue  # every byte is a segment
+            if wrong.any():
+                at = int(np.flatnonzero(wrong)[0])
+                raise FormatError(
+                    f"{plane.kind} {plane.path}",
+                    f"{values[at]} at position {i * native.BLOCK_BYTES // size + at}",
+                    "a mask is 0 or 1, a weight is finite and not negative",
+                )
+    finally:
+        os.close(descriptor)
+    return shard.n_tokens * size
 
 
 def _parts(descriptor: int, begin: int, size: int, path: Path) -> Iterator[memoryview]:
