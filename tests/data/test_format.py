@@ -28,6 +28,7 @@ def test_shards_come_in_the_order_of_their_names_without_masks(dataset):
     (folder / "train" / "shard_00000_mask.bin").write_bytes(b"odd")
     (folder / "train" / "notes.txt").write_text("not a shard")
     shards = open_split(folder, "train")
+    assert shards[0].notice == "not read: 1 *_mask.bin in train/"
     assert [(s.name, s.n_tokens, s.width, s.offset) for s in shards] == [
         ("train/shard_00000.bin", 10, 4, 0),
         ("train/shard_00001.bin", 0, 4, 0),
@@ -244,3 +245,10 @@ def test_another_file_of_the_same_name_and_size_has_another_fingerprint(tmp_path
         (folder / "shard_00000.bin").write_bytes(data)
         prints.add(dataset_fingerprint(open_split(folder.parent, "train")))
     assert len(prints) == 3
+
+
+def test_a_name_that_is_no_text_has_a_fingerprint_too(tmp_path):
+    (tmp_path / "train").mkdir()
+    name = os.fsdecode(b"shard_\xff.bin")
+    np.arange(10, dtype="<u4").tofile(tmp_path / "train" / name)
+    assert len(dataset_fingerprint(open_split(tmp_path, "train"))) == 16

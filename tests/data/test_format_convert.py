@@ -155,6 +155,23 @@ def test_nothing_is_lost_without_being_asked_for(tmp_path, kind, target, lost, a
     )
 
 
+@pytest.mark.parametrize("spans", [[(0, 4), (5, 5)], [(0, 9)], [(0, 4), (4, 0), (4, 6)]])
+@pytest.mark.parametrize("target", ["episodes", "native"])
+def test_gaps_between_episodes_and_empty_ones_do_not_vanish_silently(tmp_path, spans, target):
+    write_episodes(tmp_path / "a/train", range(10), spans)
+    with pytest.raises(DataError, match="cannot carry gaps and empty documents; pass --lossy to l"):
+        convert(tmp_path / "a", tmp_path / "b", target)
+    convert(tmp_path / "a", tmp_path / "b", target, lossy=True)
+    assert content(tmp_path / "b")[:2] == content(tmp_path / "a")[:2]
+
+
+def test_empty_documents_of_megatron_do_not_vanish_silently(tmp_path):
+    for suffix, data in zip((".bin", ".idx"), megatron_bytes([[1], [], [2]]), strict=True):
+        write_file(tmp_path / f"a/train{suffix}", data)
+    with pytest.raises(DataError, match="cannot carry gaps and empty documents"):
+        convert(tmp_path / "a", tmp_path / "b", "native")
+
+
 def test_widths_follow_the_vocabulary(tmp_path):
     make(tmp_path / "a", "mypt")
     assert convert(tmp_path / "a", tmp_path / "native", "native").width == 2

@@ -339,3 +339,16 @@ def test_a_token_above_the_recorded_vocabulary_is_found_with_its_position(tmp_pa
         verify_dataset(tmp_path)
     describe(tmp_path, vocab_size=70_001)
     assert verify_dataset(tmp_path).unhashed == ["train/a.bin"]
+
+
+@pytest.mark.parametrize("kind", ["llmc", "megatron"])
+def test_the_metadatas_vocabulary_holds_for_formats_that_record_none(tmp_path, kind):
+    if kind == "llmc":
+        write_file(tmp_path / "train/a.bin", llmc_bytes([1, 2, 50]))
+    else:
+        megatron(tmp_path / "train", [[1, 2], [50]], name="a")
+    describe(tmp_path, format=kind, vocab_size=50)
+    with pytest.raises(TokenRangeError, match=r"token 50 at position 2 is not in \[0, 50\)"):
+        verify_dataset(tmp_path)
+    describe(tmp_path, format=kind, vocab_size=51)
+    assert open_split(tmp_path, "train")[0].vocab_size == 51

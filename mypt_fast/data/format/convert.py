@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mypt_fast import publish
+from mypt_fast.data.format.episodes import EpisodeReader
 from mypt_fast.data.format.metadata import METADATA
 from mypt_fast.data.format.shard import WIDTHS, PlaneKind, Shard, Split
 from mypt_fast.data.format.source import Source, open_source, read_blocks
@@ -126,19 +127,31 @@ def _losses(source: Source, target: str, lossy: bool) -> list[str]:
     held = {plane.kind for shard in source.shards for plane in shard.planes} | {
         "documents" for shard in source.shards if shard.documents
     }
+    if any(_is_irregular(shard) for shard in source.shards):
+        held.add("gaps and empty documents")
     lost = sorted(held - CARRIES[target])
     if lost and not lossy:
-        able = [name for name, carried in CARRIES.items() if held <= carried]
+        able = " or ".join(name for name, carried in CARRIES.items() if held <= carried)
         raise DataError(
             f"--format {target} for {source.path}",
             f"cannot carry {' and '.join(lost)}",
-            f"choose --format {' or '.join(able)}, or pass --lossy to leave them out",
+            f"{f'choose --format {able}, or ' if able else ''}pass --lossy to leave them out",
         )
     notes = [f"left out, as {target} cannot carry them: {', '.join(lost)}"] if lost else []
     if target in ("episodes", "megatron") and "documents" not in held:
         notes.append("documents are not known: each shard is written as one")
     notes += [shard.notice for shard in source.shards if shard.notice]
     return notes
+
+
+def _is_irregular(shard: Shard) -> bool:
+    """Whether tokens lie between documents, or documents have none: ends alone do not tell that."""
+    if shard.documents is None or shard.format == "native":
+        return False
+    reader = shard.documents.read
+    if isinstance(reader, EpisodeReader) and int(reader.spans()[1].sum()) != shard.n_tokens:
+        return True
+    return len(shard.document_ends()) != shard.documents.count
 
 
 def _width(source: Source, target: str, dtype: str | None, largest: int) -> int:

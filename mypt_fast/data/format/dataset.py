@@ -148,9 +148,11 @@ def _locate(dataset_dir: Path, split: Split, metadata: dict[str, Any]) -> Place:
         if found is not None:
             return Place("episodes", found.paths, notice=found.notice)
     paths = [split_dir / name for name in names if _is_tokens(name)]
+    masks = sum(name.endswith("_mask.bin") for name in names)
+    notice = f"not read: {masks} *_mask.bin in {split}/" if masks else ""
     if declared:
-        return Place(declared, paths, explicit=True)
-    return Place((paths and magic_of(paths[0])) or "mypt", paths)
+        return Place(declared, paths, explicit=True, notice=notice)
+    return Place((paths and magic_of(paths[0])) or "mypt", paths, notice=notice)
 
 
 def _locate_flat(dataset_dir: Path, split: Split, declared: str, described: bool) -> Place:
@@ -210,9 +212,10 @@ def _open_all(
             label = str((path / TOKENS).relative_to(dataset_dir))
             shard = open_episodes(path, width, label, vocab_size=vocab_size)
         elif place.format == "llmc":
-            shard = raw.open_llmc(path, label)
+            shard = replace(raw.open_llmc(path, label), vocab_size=vocab_size)
         elif place.format == "megatron":
             shard = megatron.open_megatron(path, label, int64=int64)
+            shard = replace(shard, vocab_size=vocab_size)
         else:
             shard = raw.open_stream(
                 path, width, format=place.format, label=label, vocab_size=vocab_size,

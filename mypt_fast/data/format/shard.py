@@ -140,7 +140,8 @@ class Shard:
 
 def dataset_fingerprint(shards: list[Shard]) -> str:
     """Return 16 hex digits that change when a name, size, width, digest or plane does."""
-    return hashlib.blake2b("".join(map(_line, shards)).encode(), digest_size=8).hexdigest()
+    text = "".join(map(_line, shards)).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _line(s: Shard) -> str:
