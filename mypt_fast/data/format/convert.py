@@ -19,7 +19,7 @@ from typing import Any
 from mypt_fast import publish
 from mypt_fast.data.format.episodes import EpisodeReader
 from mypt_fast.data.format.metadata import METADATA
-from mypt_fast.data.format.shard import WIDTHS, PlaneKind, Shard, Split
+from mypt_fast.data.format.shard import WIDTHS, PlaneKind, Shard, Split, dataset_fingerprint
 from mypt_fast.data.format.source import Source, open_source, read_blocks
 from mypt_fast.data.format.verify import verify_source
 from mypt_fast.data.format.writers import EpisodeWriter, FlatWriter, MegatronWriter, NativeWriter
@@ -35,8 +35,10 @@ CARRIES: dict[str, frozenset[str]] = {
     "megatron": frozenset({"documents"}),
 }
 _SINGLE = ("nanogpt", "megatron")  # one file a split
+# What the metadata says of files that are not written, or of a `prepare` that did not write these.
 _REPLACED = (
     "format", "dtype", "schema", "shards", "total_tokens", "total_shards", "tokens_per_shard",
+    "options", "corpus_fingerprint",
 )  # fmt: skip
 
 
@@ -178,6 +180,10 @@ def _describe(source: Source, target: str, width: int) -> dict[str, Any]:
         kept["vocab_size"] = vocab_size
     if target == "episodes":
         kept["schema"] = "episode_indexed_sft_v1"
+    kept["converted_from"] = {
+        "format": source.shards[0].format,
+        **{split: dataset_fingerprint(shards) for split, shards in source.splits.items()},
+    }
     return {"format": target, "dtype": f"uint{8 * width}", **kept, "shards": []}
 
 
