@@ -38,7 +38,7 @@ _SINGLE = ("nanogpt", "megatron")  # one file a split
 # What the metadata says of files that are not written, or of a `prepare` that did not write these.
 _REPLACED = (
     "format", "dtype", "schema", "shards", "total_tokens", "total_shards", "tokens_per_shard",
-    "options", "corpus_fingerprint",
+    "options", "corpus_fingerprint", "converted_from",
 )  # fmt: skip
 
 
