@@ -131,6 +131,11 @@ def test_an_index_of_more_episodes_than_one_read_is_checked_to_its_end(tmp_path)
     (tmp_path / "train/episodes.idx").write_bytes(data[:-16] + struct.pack("<QQ", n - 2, 1))
     with pytest.raises(FormatError, match=f"episode {n - 1} .* ends at {n - 1}"):
         open_split(tmp_path, "train")
+    edge = 1 << 16  # the first episode of the second read
+    spans[edge] = edge - 1, 2
+    spans.tofile(tmp_path / "train/episodes.idx")
+    with pytest.raises(FormatError, match=f"episode {edge} .* ends at {edge}"):
+        open_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize(("name", "size"), [("episodes.idx", 47), ("tokens.bin", 399)])

@@ -264,6 +264,13 @@ N = len(DOCUMENTS)
         (HEAD + 12 * N + 8, struct.pack("<q", 3), FormatError, "do not ascend from 0 to 4"),
         (HEAD + 12 * N + 8, struct.pack("<q", -1), FormatError, "do not ascend"),
         (HEAD + 12 * N + 8, struct.pack("<q", 1 << 62), FormatError, "do not ascend"),
+        # each step upwards, modulo 2^64
+        (
+            HEAD + 12 * N,
+            struct.pack("<5q", 0, (1 << 63) - 1, -(1 << 63), -1, 4),
+            FormatError,
+            "do not ascend",
+        ),
         (HEAD + 12 * N + 32, struct.pack("<q", 5), FormatError, "do not ascend"),
         (HEAD + 12 * N + 32, struct.pack("<q", 3), FormatError, "the last 3, for 4 sequences"),
     ],

@@ -171,6 +171,19 @@ def test_a_header_with_a_right_hash_and_a_wrong_claim_is_refused(
         open_split(tmp_path, "train")
 
 
+def test_a_largest_token_that_two_bytes_cannot_hold_is_refused(tmp_path):
+    write_file(tmp_path / "train/a.bin", native_bytes(TOKENS, max_token=1 << 16))
+    with pytest.raises(FormatError, match="largest token 65536 in 2 bytes a token"):
+        open_split(tmp_path, "train")
+
+
+def test_blocks_that_are_right_do_not_excuse_a_wrong_hash_of_all(shard, data, tmp_path):
+    shard.write_bytes(resealed(data, 96, bytes(16)))
+    open_split(tmp_path, "train")
+    with pytest.raises(ChecksumError, match="the header records 0{32}, though every block is as"):
+        verify_dataset(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("ends", "match"),
     [
