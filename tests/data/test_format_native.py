@@ -180,7 +180,7 @@ def test_a_largest_token_that_two_bytes_cannot_hold_is_refused(tmp_path):
 def test_blocks_that_are_right_do_not_excuse_a_wrong_hash_of_all(shard, data, tmp_path):
     shard.write_bytes(resealed(data, 96, bytes(16)))
     open_split(tmp_path, "train")
-    with pytest.raises(ChecksumError, match="the header records 0{32}, though every block is as"):
+    with pytest.raises(ChecksumError, match=r"the header records 0{32}, though every block is"):
         verify_dataset(tmp_path)
 
 
