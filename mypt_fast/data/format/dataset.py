@@ -230,17 +230,19 @@ def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Sha
     """Open native shards; the tables of the first ones are hashed, as many as take little time."""
     shards, budget = [], native_file.TABLES_AT_OPEN
     for path in place.paths:
-        label = path.name if place.flat else ""
-        digest = recorded[path.name].get("xxh3_128", "") if recorded else ""
+        name = path.name
+        digest = recorded[name].get("xxh3_128", "") if recorded else ""
+        label = name if place.flat else ""
         shard, read = native_file.open_native(path, label, budget > 0, digest)
-        _check_recorded(shard, recorded)
+        if recorded and recorded[name]["tokens"] != shard.n_tokens:
+            _check_recorded(shard, recorded)
         budget -= read
         shards.append(shard)
     return shards
 
 
 def _check_recorded(shard: Shard, recorded: dict[str, dict[str, Any]]) -> None:
-    entry = recorded.get(shard.path.name) if recorded else None
+    entry = recorded.get(shard.path.name)
     if entry is not None and entry["tokens"] != shard.n_tokens:
         raise TruncatedShardError(
             f"shard {shard.path}",

@@ -17,7 +17,6 @@ the payload by its blocks, when it is asked for.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import xxhash
@@ -37,8 +36,7 @@ _FOOTER = struct.Struct("<8sQQ")
 _MAX_COUNT = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What a shard says of itself.
 
     Attributes:
