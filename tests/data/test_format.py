@@ -252,3 +252,10 @@ def test_a_name_that_is_no_text_has_a_fingerprint_too(tmp_path):
     name = os.fsdecode(b"shard_\xff.bin")
     np.arange(10, dtype="<u4").tofile(tmp_path / "train" / name)
     assert len(dataset_fingerprint(open_split(tmp_path, "train"))) == 16
+
+
+def test_the_fingerprint_of_mypts_shards_is_the_one_that_saved_runs_hold(tmp_path):
+    (tmp_path / "train").mkdir()
+    for i, n in enumerate((300_000, 7)):
+        np.arange(n, dtype="<u4").tofile(tmp_path / f"train/shard_{i:05d}.bin")
+    assert dataset_fingerprint(open_split(tmp_path, "train")) == "c5e59d148ea5f82d"
