@@ -206,7 +206,7 @@ def test_ends_that_do_not_ascend_to_the_last_token_are_refused(tmp_path, ends, m
 def test_tables_beyond_the_budget_are_checked_when_they_are_used(tmp_path, monkeypatch):
     for name in ("a", "b"):
         write_file(tmp_path / f"train/{name}.bin", native_bytes(TOKENS, ENDS))
-    monkeypatch.setattr(native_file, "TABLES_AT_OPEN", 1)
+    monkeypatch.setattr(native_file, "TABLES_AT_OPEN", 8 * 5)  # the first shard's
     path = tmp_path / "train/b.bin"
     data = bytearray(path.read_bytes())
     data[-32] ^= 1  # the block table
@@ -214,6 +214,20 @@ def test_tables_beyond_the_budget_are_checked_when_they_are_used(tmp_path, monke
     _, late = open_split(tmp_path, "train")
     with pytest.raises(ChecksumError, match=r"b\.bin; document index and block table hash to 0x"):
         late.document_ends()
+
+
+def test_a_table_that_is_longer_than_memory_is_not_read_at_open(tmp_path):
+    """A sparse file of 40 GiB whose header is right: 8 GiB of tokens, 32 GiB of document ends."""
+    header = native.Header(2, 1 << 32, n_docs=1 << 32)
+    layout = native.layout(header)
+    path = write_file(tmp_path / "train/a.bin", native.pack_header(header))
+    try:
+        os.truncate(path, layout.file_size)
+    except OSError as error:
+        pytest.skip(f"the file system holds no sparse file of 40 GiB: {error}")
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), native.pack_footer(layout.file_size, b""), layout.footer)
+    assert open_split(tmp_path, "train")[0].documents.count == 1 << 32
 
 
 def test_a_damaged_block_is_named_with_its_tokens(tmp_path):

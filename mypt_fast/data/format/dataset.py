@@ -233,7 +233,7 @@ def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Sha
         name = path.name
         digest = recorded[name].get("xxh3_128", "") if recorded else ""
         label = name if place.flat else ""
-        shard, read = native_file.open_native(path, label, budget > 0, digest)
+        shard, read = native_file.open_native(path, label, budget, digest)
         if recorded and recorded[name]["tokens"] != shard.n_tokens:
             _check_recorded(shard, recorded)
         budget -= read

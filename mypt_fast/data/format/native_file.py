@@ -37,14 +37,14 @@ class NativeFile(NamedTuple):
 
 
 def open_native(
-    path: Path, label: str = "", check_tables: bool = True, payload_hash: str = ""
+    path: Path, label: str = "", most: int = TABLES_AT_OPEN, payload_hash: str = ""
 ) -> tuple[Shard, int]:
     """Open one shard; return it, and the bytes of tables that were checked.
 
     Args:
         path: the file.
         label: its name in the dataset, see `Shard`.
-        check_tables: hash them now, rather than when they are first used.
+        most: bytes of tables that are hashed now; longer ones when they are first used.
         payload_hash: what the metadata records of its tokens, XXH3-128 in hex, if anything.
 
     Raises:
@@ -56,7 +56,7 @@ def open_native(
     """
     descriptor, size = open_file(path)
     try:
-        file, digest = _inspect(descriptor, size, path, check_tables)
+        file, digest = _inspect(descriptor, size, path, most)
     finally:
         os.close(descriptor)
     header, layout = file.header, file.layout
@@ -80,16 +80,17 @@ def open_native(
         path, header.width, header.n_tokens, layout.payload, digest, "native", label,
         header.vocab_size, header.eot_id, header.max_token, documents, planes, "", header.tokenizer,
     )  # fmt: skip
-    return shard, layout.footer - layout.documents if check_tables else 0
+    tables = layout.footer - layout.documents
+    return shard, tables if tables <= most else 0
 
 
 def inspect_native(path: Path) -> NativeFile:
-    """Check header, footer and tables of one file; raises as `open_native`."""
+    """Check header, footer and, up to TABLES_AT_OPEN, tables of one file; as `open_native`."""
     with opened(path) as (descriptor, size):
-        return _inspect(descriptor, size, path, check_tables=True)[0]
+        return _inspect(descriptor, size, path, TABLES_AT_OPEN)[0]
 
 
-def _inspect(descriptor: int, size: int, path: Path, check_tables: bool) -> tuple[NativeFile, str]:
+def _inspect(descriptor: int, size: int, path: Path, most: int) -> tuple[NativeFile, str]:
     if size < native.HEADER_BYTES + native.FOOTER_BYTES:
         least = native.HEADER_BYTES + native.FOOTER_BYTES
         raise TruncatedShardError(
@@ -109,7 +110,8 @@ def _inspect(descriptor: int, size: int, path: Path, check_tables: bool) -> tupl
             CURE,
         )
     _check_claims(header, path)
-    begin = layout.documents if check_tables else layout.footer
+    is_checked = layout.footer - layout.documents <= most
+    begin = layout.documents if is_checked else layout.footer
     tail = memoryview(read_at(descriptor, size - begin, begin, path))
     try:
         recorded_size, tables_hash = native.unpack_footer(bytes(tail[-native.FOOTER_BYTES :]))
@@ -120,7 +122,7 @@ def _inspect(descriptor: int, size: int, path: Path, check_tables: bool) -> tupl
             f"shard {path}", f"{size} bytes, where its footer says {recorded_size}", CURE
         )
     file = NativeFile(path, header, layout, tables_hash)
-    if check_tables:
+    if is_checked:
         check_tables_hash(file, tail[: -native.FOOTER_BYTES])
     # The header's own hash covers the payload's; together with the tables' it is the file's.
     return file, f"{data[-8:].hex()}{tables_hash:016x}"
