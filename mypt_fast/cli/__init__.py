@@ -22,6 +22,7 @@ COMMANDS = {
     "configs": "list, show and check model presets",
     "params": "count parameters and bytes of an architecture",
     "prepare": "turn text into a dataset of token shards",
+    "data": "inspect, verify and convert datasets of token shards",
     "plot": "draw loss curves from training logs",
     "tune": "choose how kernels are launched on this GPU",
 }

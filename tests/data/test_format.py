@@ -28,6 +28,7 @@ def test_shards_come_in_the_order_of_their_names_without_masks(dataset):
     (folder / "train" / "shard_00000_mask.bin").write_bytes(b"odd")
     (folder / "train" / "notes.txt").write_text("not a shard")
     shards = open_split(folder, "train")
+    assert shards[0].notice == "not read: 1 *_mask.bin in train/"
     assert [(s.name, s.n_tokens, s.width, s.offset) for s in shards] == [
         ("train/shard_00000.bin", 10, 4, 0),
         ("train/shard_00001.bin", 0, 4, 0),
@@ -106,7 +107,7 @@ def test_an_unreadable_shard_is_named_even_to_root(dataset, monkeypatch):
     def refuse(path, *args):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("mypt_fast.data.format.files.os.open", refuse)
     with pytest.raises(DataError, match="Permission denied"):
         open_split(folder, "train")
 
@@ -175,7 +176,7 @@ def test_metadata_that_cannot_be_trusted_is_refused(dataset, content, message):
 
 def test_metadata_of_no_sane_size_is_not_read(dataset, monkeypatch):
     folder = dataset([4])
-    monkeypatch.setattr("mypt_fast.data.format._METADATA_LIMIT", 10)
+    monkeypatch.setattr("mypt_fast.data.format.metadata._METADATA_LIMIT", 10)
     with pytest.raises(IntegrityError, match="more than 10 bytes"):
         read_metadata(folder)
 
@@ -244,3 +245,17 @@ def test_another_file_of_the_same_name_and_size_has_another_fingerprint(tmp_path
         (folder / "shard_00000.bin").write_bytes(data)
         prints.add(dataset_fingerprint(open_split(folder.parent, "train")))
     assert len(prints) == 3
+
+
+def test_a_name_that_is_no_text_has_a_fingerprint_too(tmp_path):
+    (tmp_path / "train").mkdir()
+    name = os.fsdecode(b"shard_\xff.bin")
+    np.arange(10, dtype="<u4").tofile(tmp_path / "train" / name)
+    assert len(dataset_fingerprint(open_split(tmp_path, "train"))) == 16
+
+
+def test_the_fingerprint_of_mypts_shards_is_the_one_that_saved_runs_hold(tmp_path):
+    (tmp_path / "train").mkdir()
+    for i, n in enumerate((300_000, 7)):
+        np.arange(n, dtype="<u4").tofile(tmp_path / f"train/shard_{i:05d}.bin")
+    assert dataset_fingerprint(open_split(tmp_path, "train")) == "c5e59d148ea5f82d"

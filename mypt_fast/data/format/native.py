@@ -17,7 +17,7 @@ the payload by its blocks, when it is asked for.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -30,13 +30,13 @@ BLOCK_BYTES = 1 << 20
 FLAG_MASK, FLAG_SEGMENTS = 1, 2
 
 _ENDIAN_TAG = 0x01020304
+VERSION_AND_ENDIAN = struct.pack("<II", VERSION, _ENDIAN_TAG)  # what follows the magic
 _FIELDS = struct.Struct("<8sIIIIQQQqQ32s16s8s8s")
 _FOOTER = struct.Struct("<8sQQ")
 _MAX_COUNT = 1 << 62
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a shard says of itself.
 
     Attributes:
@@ -48,7 +48,7 @@ class Header:
         eot_id: the token that ends a document, or -1.
         max_token: the largest id of the payload, at least.
         tokenizer: SHA-256 of the tokenizer's state, or zeros.
-        payload_hash: XXH3-128 of the payload.
+        payload_hash: XXH3-128 of the payload; all three hashes as `digest()` gives them.
         mask_hash: XXH3-64 of the mask plane, or zeros.
         segments_hash: XXH3-64 of the segment plane, or zeros.
     """
@@ -66,8 +66,7 @@ class Header:
     segments_hash: bytes = bytes(8)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Where the parts of a file begin, in bytes; planes that are not there have offset 0."""
 
     payload: int
@@ -115,7 +114,12 @@ def pack_header(header: Header) -> bytes:
 
 def pack_footer(file_size: int, tables: bytes | memoryview) -> bytes:
     """The last FOOTER_BYTES of a file; `tables` is documents and blocks."""
-    return _FOOTER.pack(FOOTER_MAGIC, file_size, xxhash.xxh3_64_intdigest(tables))
+    return pack_footer_of(file_size, xxhash.xxh3_64_intdigest(tables))
+
+
+def pack_footer_of(file_size: int, tables_hash: int) -> bytes:
+    """`pack_footer` where the XXH3-64 of the tables is known."""
+    return _FOOTER.pack(FOOTER_MAGIC, file_size, tables_hash)
 
 
 def unpack_header(data: bytes) -> Header:

@@ -1,0 +1,82 @@
+"""Reads of files that somebody else wrote: regular files only, and never a byte too few."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from mypt_fast.errors import DataChangedError, DataError
+
+SAMPLE_BYTES = 4096
+_SAMPLES = 64
+# Without O_NONBLOCK the opening of a named pipe waits for a writer that may never come.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def open_file(path: str | Path, what: str = "shard") -> tuple[int, int]:
+    """Open a regular file; return its descriptor, which the caller closes, and its size in bytes.
+
+    Raises:
+        DataError: it is missing, cannot be read or is no regular file.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as error:
+        raise DataError(f"{what} {path}", f"cannot be read: {error.strerror}") from error
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(descriptor)
+        raise DataError(f"{what} {path}", "not a regular file")
+    return descriptor, info.st_size
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, what: str = "shard") -> Iterator[tuple[int, int]]:
+    """`open_file`, closed at the end of the block."""
+    descriptor, size = open_file(path, what)
+    try:
+        yield descriptor, size
+    finally:
+        os.close(descriptor)
+
+
+def read_at(descriptor: int, size: int, offset: int, path: str | Path) -> bytes:
+    """Read exactly `size` bytes at `offset`; the caller knows that the file has them.
+
+    Raises:
+        DataError: the system reports an error.
+        DataChangedError: the file has become shorter since it was opened.
+    """
+    parts: list[bytes] = []
+    left = size
+    while left:
+        try:
+            part = os.pread(descriptor, left, offset)
+        except OSError as error:
+            raise DataError(f"shard {path}", f"cannot be read: {error.strerror}") from error
+        if len(part) == size:  # as almost always
+            return part
+        if not part:
+            raise DataChangedError(
+                f"shard {path}",
+                f"ends at byte {offset}, {left} bytes before it did when it was opened",
+                "another program is writing it: wait for that, and start again",
+            )
+        parts.append(part)
+        left, offset = left - len(part), offset + len(part)
+    return b"".join(parts)
+
+
+def sampled_digest(descriptor: int, size: int, path: str | Path) -> str:
+    """Hash 64 blocks spread over a file, both ends among them: 256 KiB however large it is."""
+    digest = hashlib.blake2b(digest_size=8)
+    blocks = max(1, -(-size // SAMPLE_BYTES))
+    last = _SAMPLES - 1
+    for i in sorted({j * (blocks - 1) // last for j in range(_SAMPLES)}):
+        begin = i * SAMPLE_BYTES
+        digest.update(read_at(descriptor, min(SAMPLE_BYTES, size - begin), begin, path))
+    return f"sampled-{digest.hexdigest()}"
