@@ -1,0 +1,187 @@
+"""Pieces of text to tokens on several cores, in order, a sample of them checked as it goes.
+
+The tokenizers of tiktoken and Hugging Face release the GIL: threads are enough. gigatoken does not,
+and needs no second core to outrun the reader.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from mypt_fast.data.documents import BLOCK_CHARS, Piece, Reader
+from mypt_fast.data.duplicates import Duplicates
+from mypt_fast.data.fast_gpt2 import Encode
+from mypt_fast.data.shard_writer import Tokens
+from mypt_fast.errors import IntegrityError
+from mypt_fast.gpt2_files import gpt2_encoding
+from mypt_fast.tokenizer import Tokenizer
+
+# Always checked; of the pieces after them one in _SAMPLE_EVERY, by a hash of its text.
+ALWAYS_CHECKED = 16
+_SAMPLE_EVERY = 512
+_DECODED_TOKENS = 2000
+
+
+class Unit(NamedTuple):
+    """What a thread encodes at a time, and from where a run could go on after it.
+
+    Attributes:
+        pieces: what is to be encoded.
+        first: how many pieces came before.
+        reader: the reader's position after the unit.
+        counts: what `Duplicates` counted up to there.
+    """
+
+    pieces: list[Piece]
+    first: int
+    reader: dict[str, int]
+    counts: dict[str, Any]
+
+
+class Encoded(NamedTuple):
+    """The tokens of a unit: for each split, with where documents begin in them."""
+
+    unit: Unit
+    splits: dict[str, tuple[Tokens, list[int]]]
+    verified: int
+
+
+class Encoder:
+    """Encode units.
+
+    Args:
+        tokenizer: what to encode with.
+        dtype: of the tokens that come out.
+        eot: the token to end each document with, or None.
+        with_specials: whether special tokens are recognised in the text, as MyPT's pipeline does.
+        fast: what encodes ordinary text instead of the tokenizer, see `fast_gpt2`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        dtype: np.dtype[Any],
+        eot: int | None = None,
+        with_specials: bool = False,
+        fast: Encode | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        self._end = None if eot is None else np.array([eot], dtype=dtype)
+        self._with_specials = with_specials
+        self._ordinary = fast or tokenizer.encode_to_numpy
+
+    def __call__(self, unit: Unit) -> Encoded:
+        """Encode one unit.
+
+        Raises:
+            DataError: a char vocabulary lacks a character.
+            IntegrityError: a checked piece has other tokens than it should.
+        """
+        parts: dict[str, list[Tokens]] = {}
+        starts: dict[str, list[int]] = {}
+        sizes: dict[str, int] = {}
+        verified = 0
+        for number, piece in enumerate(unit.pieces, unit.first):
+            tokens = self._encode(piece.text)
+            if number < ALWAYS_CHECKED or _is_sampled(piece.text):
+                self._verify(piece.text, tokens)
+                verified += 1
+            size = sizes.get(piece.split, 0)
+            if piece.starts:
+                starts.setdefault(piece.split, []).append(size)
+            kept = parts.setdefault(piece.split, [])
+            kept.append(tokens)
+            size += len(tokens)
+            if piece.ends and self._end is not None:
+                kept.append(self._end)
+                size += 1
+            sizes[piece.split] = size
+        splits = {s: (_joined(parts[s], self._dtype), starts.get(s, [])) for s in parts}
+        return Encoded(unit, splits, verified)
+
+    def _encode(self, text: str) -> npt.NDArray[np.uint32]:
+        if self._with_specials:
+            return np.array(self._tokenizer.encode(text), dtype=np.uint32)
+        return self._ordinary(text)
+
+    def _verify(self, text: str, tokens: npt.NDArray[np.uint32]) -> None:
+        if self._tokenizer.kind == "gpt2" and not self._with_specials:
+            reference = gpt2_encoding()
+            expected = reference.encode_ordinary(text)
+            is_right = tokens.tolist() == expected
+            is_right = is_right and reference.decode_bytes(expected) == text.encode()
+        else:
+            # The cut may fall into a character.
+            beginning = self._tokenizer.decode(tokens[:_DECODED_TOKENS].tolist())
+            is_right = text.startswith(beginning.rstrip("\ufffd"))
+        if not is_right:
+            raise IntegrityError(
+                f"the tokens of a text that begins {text[:40]!r}",
+                "are not those of the tokenizer",
+                "--encoder tiktoken avoids gigatoken; if it was not used, please report this",
+            )
+
+
+def _is_sampled(text: str) -> bool:
+    data = text[:256].encode("utf-8", "surrogatepass")
+    return xxhash.xxh3_64_intdigest(data, seed=len(text)) % _SAMPLE_EVERY == 0
+
+
+def _joined(parts: list[Tokens], dtype: np.dtype[Any]) -> Tokens:
+    return np.concatenate(parts, dtype=dtype, casting="unsafe")
+
+
+def units(reader: Reader, pieces: Iterable[Piece], duplicates: Duplicates) -> Iterator[Unit]:
+    """Group small documents, so that a thread gets enough to be worth its while."""
+    held: list[Piece] = []
+    size = 0
+
+    def unit() -> Unit:
+        first = duplicates.pieces
+        kept = list(duplicates.filter(held))
+        return Unit(kept, first, reader.position(), duplicates.counts())
+
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece.text)
+        if size >= BLOCK_CHARS // 2:
+            yield unit()
+            held, size = [], 0
+    if held:
+        yield unit()
+
+
+def in_order(
+    work: Callable[[Unit], Encoded], source: Iterable[Unit], workers: int
+) -> Generator[Encoded, None, None]:
+    """Map in threads, a bounded number of units in flight."""
+    if workers == 1:
+        yield from map(work, source)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for unit in source:
+            waiting.append(pool.submit(work, unit))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cores() -> int:
+    """Return how many cores this process may use, 32 at most."""
+    # Not every system can tell.
+    known = getattr(os, "sched_getaffinity", None)
+    return min(len(known(0)) if known else os.cpu_count() or 1, 32)
