@@ -144,6 +144,13 @@ def _open_shard(path: Path, width: int, recorded: dict[str, Any] | None) -> Shar
             f"{info.st_size} bytes is not a multiple of {width} (uint{8 * width})",
             f"the file was cut short or has another dtype: {_PREPARE}, or set dtype in {METADATA}",
         )
+    with path.open("rb") as file:  # TEMPORARY: the native format, until its own readers are here
+        head = file.read(4096)
+    if head[:8] == b"MYPTSHD1":
+        from mypt_fast.data.format import native
+
+        header = native.unpack_header(head)
+        return Shard(path, header.width, header.n_tokens, native.HEADER_BYTES, digest)
     n_tokens = info.st_size // width
     if recorded is None:
         return Shard(path, width, n_tokens, digest=digest)
