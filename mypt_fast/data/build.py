@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,17 @@ class Build:
         self._journal = journal if has_checkpoints else None
         self._counts = {k: v for k, v in last.counts.items() if k != "verified"}
         try:
-            self.duplicates = Duplicates(folder / _DIGESTS, dedup, self._counts)
-            self.writers = {
-                split: SplitWriter(
-                    folder / split,
-                    tokens_per_shard,
-                    kind,
-                    SplitState(**last.writers.get(split, {})),
-                    last.shards.get(split, []),
-                )
-                for split in SPLITS
-            }
+            with ExitStack() as opened:
+                self.duplicates = Duplicates(folder / _DIGESTS, dedup, self._counts)
+                opened.callback(self.duplicates.close)
+                self.writers = {}
+                for split in SPLITS:
+                    state = SplitState(**last.writers.get(split, {}))
+                    shards = last.shards.get(split, [])
+                    writer = SplitWriter(folder / split, tokens_per_shard, kind, state, shards)
+                    self.writers[split] = writer
+                    opened.callback(writer.abandon)
+                opened.pop_all()
         except (EOFError, FileNotFoundError) as error:
             # What is left of it goes away with this error.
             raise DataError(

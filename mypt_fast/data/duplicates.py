@@ -81,7 +81,11 @@ class Duplicates:
         self._seen = DigestSet()
         unique: int = counts["unique"]
         self._file = path.open("r+b" if unique else "w+b")
-        self._load(unique)
+        try:
+            self._load(unique)
+        except EOFError:
+            self.close()
+            raise
 
     def _load(self, count: int) -> None:
         for begin in range(0, count, 1 << 16):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mypt_fast.data.corpus import Source
 
@@ -52,6 +52,7 @@ class Journal:
     def __init__(self, folder: Path, key: str) -> None:
         self.path = folder / JOURNAL_NAME
         self._known: dict[str, int] = {}
+        self._file: BinaryIO
         self.last: Checkpoint | None = None
         with contextlib.suppress(FileNotFoundError):
             self._load(key)
@@ -76,15 +77,6 @@ class Journal:
         self._file = self.path.open("r+b")
         self._file.truncate(size)
         self._file.seek(size)
-
-    def forget(self) -> None:
-        """Start anew: what the journal refers to cannot be used."""
-        self.last, self._known = None, {}
-        self._file.seek(0)
-        header = self.path.read_bytes().split(b"\n", 1)[0] + b"\n"
-        self._file.truncate(0)
-        self._file.write(header)
-        self._file.flush()
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; `shards` has all finished ones, of which the new are written."""

@@ -67,16 +67,20 @@ class _ShardFile:
         self._blocks: list[int] = []
         self._in_block = 0
         self._file: BinaryIO = path.open("r+b" if n_tokens else "w+b")
-        if not n_tokens:
+        if n_tokens:
+            self._go_on(n_tokens)
+        else:
             self._file.write(bytes(kind.offset))
-            return
-        self._file.seek(kind.offset)
+
+    def _go_on(self, n_tokens: int) -> None:
+        size = self.kind.dtype.itemsize
+        self._file.seek(self.kind.offset)
         while self.n_tokens < n_tokens:
-            count = min(_COPY_TOKENS, n_tokens - self.n_tokens)
-            data = self._file.read(count * kind.dtype.itemsize)
-            if len(data) < count * kind.dtype.itemsize:
-                raise EOFError(f"{path} is shorter than its journal says")
-            self._note(np.frombuffer(data, kind.dtype))
+            data = self._file.read(min(_COPY_TOKENS, n_tokens - self.n_tokens) * size)
+            if not data or len(data) % size:
+                self.abandon()
+                raise EOFError(f"{self._file.name} is shorter than its journal says")
+            self._note(np.frombuffer(data, self.kind.dtype))
         self._file.truncate(self._file.tell())
 
     def write(self, tokens: Tokens) -> None:
@@ -186,14 +190,20 @@ class SplitWriter:
         self.shards = [dict(shard) for shard in shards]
         self._per_shard = tokens_per_shard
         self._file: _ShardFile | None = None
-        self._load(state or SplitState())
+        self.tokens = self.documents = self.boundaries = 0
+        self.max_token = -1
+        # Where documents begin, 8 bytes each: on the disk, not in memory.
+        self._path = folder.with_name(f"{folder.name}.documents")
+        self._starts = self._path.open("r+b" if state and state.boundaries else "w+b")
+        try:
+            self._go_on(state or SplitState())
+        except BaseException:
+            self.abandon()
+            raise
 
-    def _load(self, state: SplitState) -> None:
+    def _go_on(self, state: SplitState) -> None:
         self.tokens, self.documents = state.tokens, state.documents
         self.max_token = state.max_token
-        # Where documents begin, 8 bytes each: on the disk, not in memory.
-        self._path = self.folder.with_name(f"{self.folder.name}.documents")
-        self._starts = self._path.open("r+b" if state.boundaries else "w+b")
         if os.fstat(self._starts.fileno()).st_size < 8 * state.boundaries:
             raise EOFError(f"{self._path} is shorter than its journal says")
         self._starts.truncate(8 * state.boundaries)
@@ -306,7 +316,7 @@ class SplitWriter:
             starts = self._starts_between(at, at + len(tokens)) - np.uint64(at)
             # What begins in the middle of a document must not lengthen the one before it.
             is_inside = at == keep and not (len(starts) and starts[0] == 0)
-            target.append(tokens, [0, *starts] if is_inside else starts)  # type: ignore[arg-type]
+            target.append(tokens, [0, *starts] if is_inside else starts.tolist())
             at += len(tokens)
         target.close()
         target.documents = documents + moved
@@ -330,24 +340,26 @@ class SplitWriter:
         """Write what stays of the shard that `keep` falls into; drop the later ones."""
         # max_token is left as it is: still an upper bound of what the split holds.
         self.tokens = keep
+        kept: list[dict[str, Any]] = []
         begin = 0
-        for n, shard in enumerate(self.shards):
-            if keep <= begin + shard["tokens"]:
-                break
+        for shard in self.shards:
+            if begin < keep:
+                kept.append(shard)
+                if keep < begin + shard["tokens"]:
+                    self._shorten(shard, begin, keep - begin)
             begin += shard["tokens"]
-        self.shards = self.shards[: n + 1] if keep > begin else self.shards[:n]
-        if begin < keep < begin + shard["tokens"]:
-            path = self._shard_path(shard)
-            file = _ShardFile(path.with_name(path.name + CUT_SUFFIX), self.kind)
-            left = keep - begin
-            with path.open("rb") as source:
-                source.seek(self.kind.offset)
-                while left:
-                    count = min(_COPY_TOKENS, left)
-                    file.write(np.fromfile(source, self.kind.dtype, count))
-                    left -= count
-            shard["tokens"] = keep - begin
-            self._finish(shard, file, begin)
+        self.shards = kept
+
+    def _shorten(self, shard: dict[str, Any], begin: int, n_tokens: int) -> None:
+        path = self._shard_path(shard)
+        file = _ShardFile(path.with_name(path.name + CUT_SUFFIX), self.kind)
+        with path.open("rb") as source:
+            source.seek(self.kind.offset)
+            while file.n_tokens < n_tokens:
+                count = min(_COPY_TOKENS, n_tokens - file.n_tokens)
+                file.write(np.fromfile(source, self.kind.dtype, count))
+        shard["tokens"] = n_tokens
+        self._finish(shard, file, begin)
 
 
 def settle(folder: Path, shards: Sequence[dict[str, Any]]) -> None:

@@ -363,7 +363,7 @@ def test_what_a_killed_run_left_is_removed_and_a_half_replacement_undone(
     before = build(tmp_path / "out", texts)
     here = socket.gethostname()
     os.rename(tmp_path / "out", tmp_path / f".out.old-{here}-999999999")
-    left = [f".out.tmp-{here}-1", f".out.tmp-elsewhere-999999999", ".other.tmp-999999999"]
+    left = [f".out.tmp-{here}-1", ".out.tmp-elsewhere-999999999", ".other.tmp-999999999"]
     for name in (*left, f".out.tmp-{here}-999999999"):
         (tmp_path / name).mkdir()  # of a living process, another machine, another dataset
     with pytest.raises(DataError, match="other inputs"):
