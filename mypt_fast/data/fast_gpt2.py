@@ -23,7 +23,7 @@ from mypt_fast.gpt2_files import gpt2_encoding, gpt2_ranks
 Encode = Callable[[str], npt.NDArray[np.uint32]]
 PACKAGE = "gigatoken"
 ENCODERS = ("auto", "tiktoken", "gigatoken")
-_CHECKED_STRINGS = 300
+_CHECKED_STRINGS = 1000
 
 # Where pre-tokenisers go wrong: contractions, runs of white space of every kind, letters and
 # numbers outside ASCII, marks that join, case pairs with odd partners, controls, special tokens.

@@ -127,13 +127,8 @@ def run_key(options: dict[str, Any], sources: Sequence[Source]) -> str:
     """
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for source in sources:
-        if source.path is None:
-            digest.update(b"stdin\n")
-            continue
-        with contextlib.suppress(OSError):
-            info = source.path.stat()
-            line = f"{os.path.realpath(source.path)}\0{info.st_size}\0{info.st_mtime_ns}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
+        line = f"{source.real_path}\0{source.size}\0{source.mtime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -1,0 +1,144 @@
+"""gigatoken is used where it gives tiktoken's tokens, and only there."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mypt_fast.data import fast_gpt2
+from mypt_fast.data.corpus import stdlib_files
+from mypt_fast.data.prepare import PrepareOptions, prepare
+from mypt_fast.errors import DataError, IntegrityError
+from mypt_fast.gpt2_files import gpt2_encoding
+
+needs_gigatoken = pytest.mark.skipif(
+    find_spec("gigatoken") is None, reason="gigatoken, the optional extra [prep], is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def encode() -> fast_gpt2.Encode:
+    found, name = fast_gpt2.choose("gigatoken")
+    assert found is not None
+    assert name.startswith("gigatoken ")
+    return found
+
+
+@needs_gigatoken
+def test_it_encodes_20_000_hard_strings_as_tiktoken_does(encode: fast_gpt2.Encode) -> None:
+    reference = gpt2_encoding()
+    for text in fast_gpt2.hard_strings(20_000, seed=7):
+        assert encode(text).tolist() == reference.encode_ordinary(text), repr(text)
+
+
+@needs_gigatoken
+def test_it_encodes_the_standard_library_as_tiktoken_does(encode: fast_gpt2.Encode) -> None:
+    reference = gpt2_encoding()
+    files = 0
+    for path, _ in stdlib_files():
+        text = path.read_text("utf-8", "replace")
+        expected = reference.encode_to_numpy(text, disallowed_special=())
+        assert np.array_equal(encode(text), expected), path
+        files += 1
+    assert files > 300
+
+
+@needs_gigatoken
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+def test_it_encodes_any_text_as_tiktoken_does(encode: fast_gpt2.Encode, text: str) -> None:
+    assert encode(text).tolist() == gpt2_encoding().encode_ordinary(text)
+
+
+@needs_gigatoken
+def test_both_encoders_make_the_same_dataset(tmp_path: Path) -> None:
+    for name in ("tiktoken", "gigatoken"):
+        options = PrepareOptions(tmp_path / name, (str(Path(__file__).parent),), encoder=name)
+        assert prepare(options)["encoder"].startswith(name)
+    for path in (tmp_path / "tiktoken").rglob("*.bin"):
+        other = tmp_path / "gigatoken" / path.relative_to(tmp_path / "tiktoken")
+        assert path.read_bytes() == other.read_bytes()
+
+
+def test_the_hard_strings_are_what_they_are_meant_to_be() -> None:
+    strings = list(fast_gpt2.hard_strings(2_000, seed=1))
+    assert strings == list(fast_gpt2.hard_strings(2_000, seed=1))
+    text = "".join(strings)
+    assert all(part in text for part in fast_gpt2.ALPHABET)
+    assert text.encode()  # no lone surrogate
+    assert len(set(strings)) > 1_500
+
+
+# --- a package that is not what it should be
+
+
+class _Fake:
+    """Stands in for the package: encodes with tiktoken and spoils what `spoil` says."""
+
+    def __init__(self, spoil: str) -> None:
+        self.spoil = spoil
+
+    def from_tiktoken(self, path: Path, pretokenizer: str, specials: dict[str, int]) -> _Fake:
+        assert pretokenizer == "gpt2"
+        assert specials == {}
+        assert len(Path(path).read_bytes().splitlines()) == 50256
+        return self
+
+    def encode(self, text: str) -> np.ndarray:
+        if self.spoil == "raise":
+            raise RuntimeError("panicked")
+        ids = gpt2_encoding().encode_ordinary(text)
+        if self.spoil and self.spoil in text:
+            ids = ids[::-1] + [0]
+        return np.array(ids, dtype=np.uint32)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def install(spoil: str) -> None:
+        module = ModuleType("gigatoken")
+        module.Tokenizer = _Fake(spoil)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "gigatoken", module)
+        monkeypatch.setattr(fast_gpt2.importlib.metadata, "version", lambda name: "9.9")
+
+    return install
+
+
+@pytest.mark.parametrize("spoil", ["raise", "\u2028", "<|endoftext|>", "ſ"])
+def test_a_package_that_differs_is_not_used(package: Any, spoil: str) -> None:
+    package(spoil)
+    assert fast_gpt2.choose("auto") == (None, "tiktoken 9.9")
+    with pytest.raises(DataError, match=r"--encoder gigatoken; .*; --encoder tiktoken"):
+        fast_gpt2.choose("gigatoken")
+    assert fast_gpt2.choose("tiktoken") == (None, "tiktoken 9.9")
+
+
+def test_a_package_that_proves_right_is_used(package: Any) -> None:
+    package("")
+    found, name = fast_gpt2.choose("auto")
+    assert found is not None
+    assert name == "gigatoken 9.9"
+
+
+def test_one_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert fast_gpt2.choose("auto")[0] is None
+    with pytest.raises(DataError, match=r"--encoder gigatoken; .*\[prep\]"):
+        fast_gpt2.choose("gigatoken")
+
+
+def test_what_slips_through_the_check_is_found_by_the_sample(package: Any, tmp_path: Path) -> None:
+    package("a rare word")
+    (tmp_path / "a.txt").write_text("Some text, and then a rare word in it. " * 20)
+    options = PrepareOptions(tmp_path / "out", (str(tmp_path / "a.txt"),))
+    with pytest.raises(IntegrityError, match=r"begins 'Some text.*--encoder tiktoken"):
+        prepare(options)
+    assert not (tmp_path / "out").exists()
