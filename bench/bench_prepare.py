@@ -77,7 +77,8 @@ WAYS = {
     BASELINE: plain_loop,
     "mypt-fast, tiktoken, 1 worker": ours("tiktoken", 1),
     f"mypt-fast, tiktoken, {cores()} workers": ours("tiktoken", cores()),
-    "mypt-fast, gigatoken": ours("gigatoken", 1),
+    "mypt-fast, gigatoken, 1 worker": ours("gigatoken", 1),
+    f"mypt-fast, gigatoken, {cores()} workers": ours("gigatoken", cores()),
 }
 
 

@@ -1,14 +1,13 @@
 """Pieces of text to tokens on several cores, in order, a sample of them checked as it goes.
 
-The tokenizers of tiktoken and Hugging Face release the GIL: threads are enough. gigatoken does not,
-and needs no second core to outrun the reader.
+The tokenizers release the GIL, so threads are enough.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import xxhash
 
 from mypt_fast.data.documents import BLOCK_CHARS, Piece, Reader
 from mypt_fast.data.duplicates import Duplicates
-from mypt_fast.data.fast_gpt2 import Encode
+from mypt_fast.data.fast_gpt2 import EncodeBatch
 from mypt_fast.data.shard_writer import Tokens
 from mypt_fast.errors import IntegrityError
 from mypt_fast.gpt2_files import gpt2_encoding
@@ -71,13 +70,13 @@ class Encoder:
         dtype: np.dtype[Any],
         eot: int | None = None,
         with_specials: bool = False,
-        fast: Encode | None = None,
+        fast: EncodeBatch | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._dtype = dtype
         self._end = None if eot is None else np.array([eot], dtype=dtype)
         self._with_specials = with_specials
-        self._ordinary = fast or tokenizer.encode_to_numpy
+        self._fast = fast
 
     def __call__(self, unit: Unit) -> Encoded:
         """Encode one unit.
@@ -90,8 +89,10 @@ class Encoder:
         starts: dict[str, list[int]] = {}
         sizes: dict[str, int] = {}
         verified = 0
-        for number, piece in enumerate(unit.pieces, unit.first):
-            tokens = self._encode(piece.text)
+        encoded = self._encode([piece.text for piece in unit.pieces])
+        for number, (piece, tokens) in enumerate(
+            zip(unit.pieces, encoded, strict=True), unit.first
+        ):
             if number < ALWAYS_CHECKED or _is_sampled(piece.text):
                 self._verify(piece.text, tokens)
                 verified += 1
@@ -108,10 +109,12 @@ class Encoder:
         splits = {s: (_joined(parts[s], self._dtype), starts.get(s, [])) for s in parts}
         return Encoded(unit, splits, verified)
 
-    def _encode(self, text: str) -> npt.NDArray[np.uint32]:
+    def _encode(self, texts: list[str]) -> Sequence[npt.NDArray[np.uint32]]:
+        if self._fast is not None:
+            return self._fast(texts)
         if self._with_specials:
-            return np.array(self._tokenizer.encode(text), dtype=np.uint32)
-        return self._ordinary(text)
+            return [np.array(self._tokenizer.encode(text), dtype=np.uint32) for text in texts]
+        return [self._tokenizer.encode_to_numpy(text) for text in texts]
 
     def _verify(self, text: str, tokens: npt.NDArray[np.uint32]) -> None:
         if self._tokenizer.kind == "gpt2" and not self._with_specials:

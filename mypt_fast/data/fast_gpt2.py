@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ import numpy.typing as npt
 from mypt_fast.errors import DataError
 from mypt_fast.gpt2_files import gpt2_encoding, gpt2_ranks
 
-Encode = Callable[[str], npt.NDArray[np.uint32]]
+# Texts to tokens, with the GIL released.
+EncodeBatch = Callable[[Sequence[str]], list[npt.NDArray[np.uint32]]]
 PACKAGE = "gigatoken"
 ENCODERS = ("auto", "tiktoken", "gigatoken")
 _CHECKED_STRINGS = 1000
@@ -50,7 +51,7 @@ def hard_strings(count: int, seed: int) -> Iterator[str]:
             yield "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
 
 
-def choose(wanted: str) -> tuple[Encode | None, str]:
+def choose(wanted: str) -> tuple[EncodeBatch | None, str]:
     """Return the encoder to use, None for tiktoken's, and its name with its version.
 
     Args:
@@ -76,22 +77,29 @@ def _is_missing() -> bool:
     return importlib.util.find_spec(PACKAGE) is None
 
 
-def _checked_gigatoken() -> Encode:
+def _checked_gigatoken() -> EncodeBatch:
     encode = _gigatoken()
     reference = gpt2_encoding()
     for seed, count in ((0, _CHECKED_STRINGS), (random.randrange(1 << 30), _CHECKED_STRINGS)):
-        for text in hard_strings(count, seed):
-            if encode(text).tolist() != reference.encode_ordinary(text):
+        texts = list(hard_strings(count, seed))
+        for text, tokens in zip(texts, encode(texts), strict=True):
+            if tokens.tolist() != reference.encode_ordinary(text):
                 raise ValueError(f"does not give tiktoken's tokens for {text!r}")
     return encode
 
 
-def _gigatoken() -> Encode:
+def _gigatoken() -> EncodeBatch:
     import gigatoken  # type: ignore[import-not-found, unused-ignore]
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "gpt2.tiktoken")
         lines = (b"%s %d\n" % (base64.b64encode(t), n) for t, n in gpt2_ranks().items())
         path.write_bytes(b"".join(lines))
-        encode: Encode = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {}).encode
+        tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
+
+    def encode(texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        # Of its calls only those for batches release the GIL; its own threads are left alone.
+        rows = tokenizer.encode_batch(list(texts), parallel=False) if texts else []
+        return [np.asarray(row, dtype=np.uint32) for row in rows]
+
     return encode

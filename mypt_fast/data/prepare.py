@@ -348,9 +348,7 @@ def _write_tokens(
     eot = None if options.no_eot else tokenizer.eot_id
     encoder = Encoder(tokenizer, build.kind.dtype, eot, options.mypt_clean, fast)
     source = units(reader, reader.pieces(sources, build.position), build.duplicates)
-    # gigatoken holds the GIL: a second thread would only pass it back and forth.
-    workers = 1 if fast else options.workers or cores()
-    with closing(in_order(encoder, source, workers)) as results:
+    with closing(in_order(encoder, source, options.workers or cores())) as results:
         for result in results:
             build.add(result)
     if build.tokens < 2:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +27,7 @@ needs_gigatoken = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def encode() -> fast_gpt2.Encode:
+def encode() -> fast_gpt2.EncodeBatch:
     found, name = fast_gpt2.choose("gigatoken")
     assert found is not None
     assert name.startswith("gigatoken ")
@@ -33,29 +35,31 @@ def encode() -> fast_gpt2.Encode:
 
 
 @needs_gigatoken
-def test_it_encodes_20_000_hard_strings_as_tiktoken_does(encode: fast_gpt2.Encode) -> None:
+def test_it_encodes_20_000_hard_strings_as_tiktoken_does(encode: fast_gpt2.EncodeBatch) -> None:
     reference = gpt2_encoding()
-    for text in fast_gpt2.hard_strings(20_000, seed=7):
-        assert encode(text).tolist() == reference.encode_ordinary(text), repr(text)
+    texts = list(fast_gpt2.hard_strings(20_000, seed=7))
+    for text, found in zip(texts, encode(texts), strict=True):
+        assert found.tolist() == reference.encode_ordinary(text), repr(text)
 
 
 @needs_gigatoken
-def test_it_encodes_the_standard_library_as_tiktoken_does(encode: fast_gpt2.Encode) -> None:
+def test_it_encodes_the_standard_library_as_tiktoken_does(encode: fast_gpt2.EncodeBatch) -> None:
     reference = gpt2_encoding()
-    files = 0
-    for path, _ in stdlib_files():
-        text = path.read_text("utf-8", "replace")
+    texts = [path.read_text("utf-8", "replace") for path, _ in stdlib_files()]
+    with ThreadPoolExecutor(4) as pool:  # as prepare does: several threads, one encoder
+        parts = list(pool.map(encode, [texts[n : n + 20] for n in range(0, len(texts), 20)]))
+    for text, found in zip(texts, chain.from_iterable(parts), strict=True):
         expected = reference.encode_to_numpy(text, disallowed_special=())
-        assert np.array_equal(encode(text), expected), path
-        files += 1
-    assert files > 300
+        assert np.array_equal(found, expected), text[:80]
+    assert len(texts) > 300
 
 
 @needs_gigatoken
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
-def test_it_encodes_any_text_as_tiktoken_does(encode: fast_gpt2.Encode, text: str) -> None:
-    assert encode(text).tolist() == gpt2_encoding().encode_ordinary(text)
+def test_it_encodes_any_text_as_tiktoken_does(encode: fast_gpt2.EncodeBatch, text: str) -> None:
+    (found,) = encode([text])
+    assert found.tolist() == gpt2_encoding().encode_ordinary(text)
 
 
 @needs_gigatoken
@@ -92,12 +96,16 @@ class _Fake:
         assert len(Path(path).read_bytes().splitlines()) == 50256
         return self
 
+    def encode_batch(self, texts: list[str], parallel: bool) -> list[np.ndarray]:
+        assert parallel is False
+        return [self.encode(text) for text in texts]
+
     def encode(self, text: str) -> np.ndarray:
         if self.spoil == "raise":
             raise RuntimeError("panicked")
         ids = gpt2_encoding().encode_ordinary(text)
         if self.spoil and self.spoil in text:
-            ids = ids[::-1] + [0]
+            ids = [*ids[::-1], 0]
         return np.array(ids, dtype=np.uint32)
 
 

@@ -29,6 +29,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     Processes are killed here, not machines: no need to wait for the disk.
     """
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(prepare.fast_gpt2, "choose", lambda wanted: (None, "tiktoken"))
     monkeypatch.setattr(encoding, "BLOCK_CHARS", 300)
     monkeypatch.setattr(prepare, "Reader", functools.partial(Reader, block_chars=250))
 
@@ -177,7 +178,6 @@ def test_what_was_done_is_not_done_again(
         return encode(self, text)
 
     monkeypatch.setattr(Tokenizer, "encode_to_numpy", counted)
-    monkeypatch.setattr(prepare.fast_gpt2, "choose", lambda wanted: (None, "tiktoken"))
     prepare.prepare(options(tmp_path / "again", inputs))
     everything = sum(map(len, encoded))
     encoded.clear()
