@@ -13,6 +13,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +100,16 @@ def _gigatoken() -> EncodeBatch:
 
     def encode(texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         # Of its calls only those for batches release the GIL; its own threads are left alone.
-        rows = tokenizer.encode_batch(list(texts), parallel=False) if texts else []
-        return [np.asarray(row, dtype=np.uint32) for row in rows]
+        return _arrays(tokenizer.encode_batch(list(texts), parallel=False)) if texts else []
 
     return encode
+
+
+def _arrays(rows: Any) -> list[npt.NDArray[np.uint32]]:
+    """Turn what gigatoken returns, an awkward array or a list of arrays, into the latter."""
+    if isinstance(rows, list):
+        return [np.asarray(row, dtype=np.uint32) for row in rows]
+    import awkward  # type: ignore[import-not-found, unused-ignore]
+
+    ends = np.cumsum(np.asarray(awkward.num(rows)))
+    return np.split(np.asarray(awkward.flatten(rows), dtype=np.uint32), ends[:-1])
