@@ -90,7 +90,7 @@ def _checked_gigatoken() -> EncodeBatch:
 
 
 def _gigatoken() -> EncodeBatch:
-    import gigatoken  # type: ignore[import-not-found, unused-ignore]
+    import gigatoken
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "gpt2.tiktoken")
@@ -109,7 +109,7 @@ def _arrays(rows: Any) -> list[npt.NDArray[np.uint32]]:
     """Turn what gigatoken returns, an awkward array or a list of arrays, into the latter."""
     if isinstance(rows, list):
         return [np.asarray(row, dtype=np.uint32) for row in rows]
-    import awkward  # type: ignore[import-not-found, unused-ignore]
+    import awkward
 
     ends = np.cumsum(np.asarray(awkward.num(rows)))
     return np.split(np.asarray(awkward.flatten(rows), dtype=np.uint32), ends[:-1])
