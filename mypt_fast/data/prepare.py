@@ -105,7 +105,7 @@ def prepare(
         with ExitStack() as stack:
             adopt = _Adoption(key, is_once, note)
             folder = stack.enter_context(staged(out_dir, OWNED, adopt))
-            adopt.note = lambda _: None
+            adopt.is_started = True
             sources = _made_rereadable(sources, options, stack, out_dir.parent)
             journal = stack.enter_context(closing(Journal(folder, key)))
             metadata = _build(options, sources, digest, folder, journal, is_once, progress, note)
@@ -126,11 +126,14 @@ class _Adoption:
     key: str
     is_once: bool
     note: Note
+    is_started: bool = False
 
     def __call__(self, folder: Path) -> bool:
         if not self.is_once and can_continue(folder, self.key):
+            if self.is_started:
+                self.note("what is finished stays: the same command goes on from there")
             return True
-        if has_journal(folder):
+        if has_journal(folder) and not self.is_started:
             reason = (
                 "standard input and pipes cannot be read twice"
                 if self.is_once

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from plain_shards import read_native, tokens
 from mypt_fast import publish
 from mypt_fast.data import documents, encoding, prepare
 from mypt_fast.data.prepare import PrepareOptions, ensure_demo_dataset
-from mypt_fast.errors import DataError
+from mypt_fast.errors import DataError, IntegrityError
 from mypt_fast.tokenizer import Tokenizer
 
 EOT = 50256
@@ -253,6 +254,36 @@ def test_mypt_clean_recognises_special_tokens_as_mypt_does(tmp_path: Path) -> No
     (tmp_path / "a.txt").write_text("<myPT_user>one two three four five</myPT_user>\n")
     build(tmp_path / "out", tmp_path / "a.txt", mypt_clean=True, no_normalize=True)
     assert tokens(tmp_path / "out", "train")[0] == 50259
+
+
+def test_memory_does_not_grow_with_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "BLOCK_CHARS", 1 << 15)
+    row = json.dumps({"text": "A row of some length, and all of them different: "}) + "\n"
+    peaks = []
+    for n, rows in enumerate((2_000, 20_000)):
+        path = tmp_path / f"{n}.jsonl"
+        path.write_text("".join(row.replace("different", str(i)) for i in range(rows)))
+        tracemalloc.start()
+        build(tmp_path / str(n), path, encoder="tiktoken", workers=2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # 18,000 documents more, each 16 bytes in the digests (and again where two parts are merged)
+    # and 8 in the index of its shard.
+    assert peaks[1] - peaks[0] < 18_000 * 60
+
+
+@pytest.mark.parametrize("where", ["white", "nowhere"])
+def test_the_beginning_of_a_long_text_is_checked(gpt2: Tokenizer, where: str) -> None:
+    text = ("word " if where == "white" else "words") * 20_000
+    tokens_ = gpt2.encode_to_numpy(text).copy()
+    unit = encoding.Unit([documents.Piece(text, "train", True, True)], 0, {}, {})
+    encoder = encoding.Encoder(gpt2, np.dtype("<u2"), None, False, lambda texts: [tokens_])
+    assert encoder(unit).verified == 1
+    tokens_[50] += 1
+    with pytest.raises(IntegrityError, match="not those of the tokenizer"):
+        encoder(unit)
 
 
 # --- split

@@ -236,9 +236,11 @@ def test_an_interruption_keeps_what_a_killed_run_would_leave(
             raise KeyboardInterrupt
 
     run = options(tmp_path / "out", inputs)
-    with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(run, progress)
     notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(run, progress, notes.append)
+    assert notes == ["what is finished stays: the same command goes on from there"]
+    notes.clear()
     prepare.prepare(run, note=notes.append)
     assert [note.split(" ")[0] for note in notes] == ["continuing"]
     prepare.prepare(options(tmp_path / "whole", inputs))
