@@ -1,16 +1,21 @@
 """GPT-2 tokens by `gigatoken`, an optional package, wherever it proves to give tiktoken's.
 
-It is many times faster (docs/decisions.md has the figures) and younger: before it is used, texts
-chosen to be hard and texts drawn at random are encoded both ways. All that differs is an error.
+It is many times faster and follows another version of Unicode: a character that one of the two takes
+for a letter and the other for a hole in the table is split differently from its neighbours. So texts
+with characters younger than Unicode 3.2 (pictographs apart) go to tiktoken, and before anything is
+encoded, hard texts and random ones are encoded both ways.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import importlib.metadata
 import importlib.util
 import random
+import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,9 @@ from mypt_fast.gpt2_files import gpt2_encoding, gpt2_ranks
 EncodeBatch = Callable[[Sequence[str]], list[npt.NDArray[np.uint32]]]
 PACKAGE = "gigatoken"
 ENCODERS = ("auto", "tiktoken", "gigatoken")
-_CHECKED_STRINGS = 1000
+_CHECKED_STRINGS = 500
+_PICTOGRAPHS = ((0x2600, 0x27BF), (0x2B00, 0x2BFF), (0x1F000, 0x1F0FF), (0x1F300, 0x1FAFF))
+_LAST_OF_EXTENSION_B = 0x2A6D6
 
 # Where pre-tokenisers go wrong: contractions, runs of white space of every kind, letters and
 # numbers outside ASCII, marks that join, case pairs with odd partners, controls, special tokens.
@@ -50,6 +57,29 @@ def hard_strings(count: int, seed: int) -> Iterator[str]:
         else:
             codes = (draw.randrange(0x110000 if n % 8 else 0x800) for _ in range(length))
             yield "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+
+
+@functools.lru_cache(maxsize=1)
+def disputed() -> re.Pattern[str]:
+    """Return a pattern that finds a character whose class could depend on the Unicode version.
+
+    Classes are letter, number, white space, other. Settled: what Unicode 3.2 has, which every Python
+    knows; private use; blocks of pictographs, where a character is "other" before and after it is
+    assigned.
+    """
+    category = unicodedata.ucd_3_2_0.category
+    young = [code for code in range(0x80, 0x20000) if category(chr(code)) == "Cn"]
+    ranges: list[list[int]] = []
+    for code in young:
+        if any(first <= code <= last for first, last in _PICTOGRAPHS):
+            continue
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    ranges.append([_LAST_OF_EXTENSION_B + 1, 0xEFFFF])
+    body = "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in ranges)
+    return re.compile(f"[{body}]")
 
 
 def choose(wanted: str) -> tuple[EncodeBatch | None, str]:
@@ -99,8 +129,17 @@ def _gigatoken() -> EncodeBatch:
         tokenizer = gigatoken.Tokenizer.from_tiktoken(path, "gpt2", {})
 
     def encode(texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        find = disputed().search
+        slow = {n for n, text in enumerate(texts) if not text.isascii() and find(text)}
+        quick = [text for n, text in enumerate(texts) if n not in slow]
         # Of its calls only those for batches release the GIL; its own threads are left alone.
-        return _arrays(tokenizer.encode_batch(list(texts), parallel=False)) if texts else []
+        rows = iter(_arrays(tokenizer.encode_batch(quick, parallel=False)) if quick else [])
+        return [
+            gpt2_encoding().encode_to_numpy(text, disallowed_special=())
+            if n in slow
+            else next(rows)
+            for n, text in enumerate(texts)
+        ]
 
     return encode
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import chain
@@ -40,6 +42,42 @@ def test_it_encodes_20_000_hard_strings_as_tiktoken_does(encode: fast_gpt2.Encod
     texts = list(fast_gpt2.hard_strings(20_000, seed=7))
     for text, found in zip(texts, encode(texts), strict=True):
         assert found.tolist() == reference.encode_ordinary(text), repr(text)
+
+
+@needs_gigatoken
+def test_it_encodes_every_settled_character_beside_others_as_tiktoken_does(
+    encode: fast_gpt2.EncodeBatch,
+) -> None:
+    """Letters and numbers of all scripts in random company: where classes differ, merges do."""
+    disputed, draw = fast_gpt2.disputed(), random.Random(3)
+    settled = [chr(c) for c in range(0x80, 0x2A6D7) if not 0xD800 <= c < 0xE000]
+    settled = [c for c in settled if not disputed.search(c)]
+    draw.shuffle(settled)
+    words = [c for c in settled if unicodedata.category(c)[0] in "LN"]
+    texts = ["".join(settled[n : n + 50]) for n in range(0, len(settled), 50)]
+    texts += ["".join(draw.choices(words, k=50)) for _ in range(2_000)]
+    reference = gpt2_encoding()
+    for text, found in zip(texts, encode(texts), strict=True):
+        assert found.tolist() == reference.encode_ordinary(text), ascii(text)
+
+
+@needs_gigatoken
+def test_a_character_on_which_versions_of_unicode_differ_goes_to_tiktoken(
+    encode: fast_gpt2.EncodeBatch,
+) -> None:
+    # U+32C88 became a letter in Unicode 17; before, the letter after it began a piece of its own.
+    texts = ["plain", "\U00032c88讷", "讷", "and \U00032c88讷 again"]
+    expected = [gpt2_encoding().encode_ordinary(text) for text in texts]
+    assert [found.tolist() for found in encode(texts)] == expected
+
+
+def test_common_text_is_not_disputed_and_young_characters_are() -> None:
+    find = fast_gpt2.disputed().search
+    common = "Ünïcode – “naïve” €5 ½ ²; Ελληνικά, русский, עברית, العربية, हिन्दी, ไทย, 漢字かな한글 😀👩‍🚀🏽 ✓"
+    assert find(common) is None
+    assert find("".join(map(chr, range(0x80)))) is None
+    for young in "\U00032c88\U000323b0\U0001e900\u0560":
+        assert find(f"text {young} text")
 
 
 @needs_gigatoken
