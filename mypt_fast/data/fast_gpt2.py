@@ -1,9 +1,9 @@
 """GPT-2 tokens by `gigatoken`, an optional package, wherever it proves to give tiktoken's.
 
-It is many times faster and follows another version of Unicode: a character that one of the two takes
-for a letter and the other for a hole in the table is split differently from its neighbours. So texts
-with characters younger than Unicode 3.2 (pictographs apart) go to tiktoken, and before anything is
-encoded, hard texts and random ones are encoded both ways.
+It is many times faster and follows another version of Unicode: a character that one of the two
+takes for a letter and the other for a hole in the table is split differently from its neighbours.
+So texts with characters younger than Unicode 3.2 (symbols apart) go to tiktoken, and before
+anything is encoded, hard texts and random ones are encoded both ways.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ EncodeBatch = Callable[[Sequence[str]], list[npt.NDArray[np.uint32]]]
 PACKAGE = "gigatoken"
 ENCODERS = ("auto", "tiktoken", "gigatoken")
 _CHECKED_STRINGS = 500
-_PICTOGRAPHS = ((0x2600, 0x27BF), (0x2B00, 0x2BFF), (0x1F000, 0x1F0FF), (0x1F300, 0x1FAFF))
+_SYMBOLS = (  # currencies, miscellaneous, arrows, mah-jong to cards, flags, pictographs
+    (0x20A0, 0x20CF),
+    (0x2600, 0x27BF),
+    (0x2B00, 0x2BFF),
+    (0x1F000, 0x1F0FF),
+    (0x1F1E6, 0x1F1FF),
+    (0x1F300, 0x1FAFF),
+)
 _LAST_OF_EXTENSION_B = 0x2A6D6
 
 # Where pre-tokenisers go wrong: contractions, runs of white space of every kind, letters and
@@ -63,15 +70,15 @@ def hard_strings(count: int, seed: int) -> Iterator[str]:
 def disputed() -> re.Pattern[str]:
     """Return a pattern that finds a character whose class could depend on the Unicode version.
 
-    Classes are letter, number, white space, other. Settled: what Unicode 3.2 has, which every Python
-    knows; private use; blocks of pictographs, where a character is "other" before and after it is
-    assigned.
+    Classes are letter, number, white space, other. Settled: what Unicode 3.2 has, which every
+    Python knows; private use; blocks of symbols, where a character is "other" before and after
+    it is assigned.
     """
     category = unicodedata.ucd_3_2_0.category
     young = [code for code in range(0x80, 0x20000) if category(chr(code)) == "Cn"]
     ranges: list[list[int]] = []
     for code in young:
-        if any(first <= code <= last for first, last in _PICTOGRAPHS):
+        if any(first <= code <= last for first, last in _SYMBOLS):
             continue
         if ranges and ranges[-1][1] == code - 1:
             ranges[-1][1] = code

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,7 +111,9 @@ def can_continue(folder: Path, key: str) -> bool:
         lines, _ = _complete_lines(folder / JOURNAL_NAME)
     except OSError:
         return False
-    return len(lines) > 1 and _is_header(lines[0], key)
+    is_ours = len(lines) > 1 and _is_header(lines[0], key)
+    names = {f.name for f in fields(Checkpoint)}
+    return is_ours and all(line.keys() == names for line in lines[1:])
 
 
 def has_journal(folder: Path) -> bool:

@@ -106,7 +106,7 @@ def prepare(
             adopt = _Adoption(key, is_once, note)
             folder = stack.enter_context(staged(out_dir, OWNED, adopt))
             adopt.is_started = True
-            sources = _made_rereadable(sources, options, stack, out_dir.parent)
+            sources = _made_rereadable(sources, options, stack, folder)
             journal = stack.enter_context(closing(Journal(folder, key)))
             metadata = _build(options, sources, digest, folder, journal, is_once, progress, note)
             _make_publishable(folder, metadata)
@@ -215,7 +215,7 @@ def _made_rereadable(
     is_read_once = options.tokenization == "gpt2" and not options.dedup
     if is_read_once or not any(source.once for source in sources):
         return sources
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".spool-")))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix="pipes-")))
     result = []
     for n, source in enumerate(sources):
         if source.once:

@@ -192,7 +192,7 @@ def test_what_was_done_is_not_done_again(
 
 
 @pytest.mark.parametrize(
-    "change", ["options", "input", "missing shard", "short shard", "open shard", "torn"]
+    "change", ["options", "input", "missing shard", "short shard", "open shard", "torn", "odd"]
 )
 def test_a_run_that_does_not_fit_is_never_continued(
     inputs: tuple[str, ...], tmp_path: Path, change: str
@@ -211,6 +211,9 @@ def test_a_run_that_does_not_fit_is_never_continued(
         os.truncate(left / "train" / "shard_00001.bin", 5)
     elif change == "open shard":
         os.truncate(max((left / "train").iterdir()), 4096)
+    elif change == "odd":
+        with (left / journal.JOURNAL_NAME).open("ab") as file:
+            file.write(b'{"shards": 3}\n')
     else:  # the line that was being written when the power went
         with (left / journal.JOURNAL_NAME).open("ab") as file:
             file.write(b'{"reader": {"source"')
@@ -266,6 +269,7 @@ def test_standard_input_starts_over_and_says_so(
     prepare.prepare(run, note=notes.append)
     (note,) = notes
     assert "starts over: standard input and pipes cannot be read twice" in note
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
