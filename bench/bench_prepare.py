@@ -29,7 +29,7 @@ from mypt_fast.gpt2_files import gpt2_encoding
 
 BASELINE = "plain tiktoken loop"
 MOST_BYTES = 60_000_000
-ROUNDS = 5
+ROUNDS = 3
 # How many times the baseline's MB per CPU second; only gigatoken is held to it.
 BAR = 3.0
 
