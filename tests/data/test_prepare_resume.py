@@ -155,7 +155,7 @@ def test_a_run_that_is_killed_again_and_again_comes_to_an_end(
 ) -> None:
     whole = options(tmp_path / "whole", inputs, dedup=True)
     n_events = events_of(whole)
-    run = options(tmp_path / "out", inputs, dedup=True)
+    run = options(tmp_path / "out", inputs, dedup=True, workers=3)
     kills = 0
     while killed_at(40, run):
         kills += 1
