@@ -93,7 +93,7 @@ def gpt2_encoding() -> Any:
             name="gpt2",
             explicit_n_vocab=GPT2_BASE_VOCAB,
             pat_str=GPT2_PATTERN,
-            mergeable_ranks=_gpt2_ranks(),
+            mergeable_ranks=gpt2_ranks(),
             special_tokens={"<|endoftext|>": GPT2_BASE_VOCAB - 1},
         )
     return encoding
@@ -103,7 +103,8 @@ _per_thread = threading.local()
 
 
 @functools.lru_cache(maxsize=1)
-def _gpt2_ranks() -> dict[bytes, int]:
+def gpt2_ranks() -> dict[bytes, int]:
+    """Return GPT-2's ranks, rebuilt once from the verified file."""
     return ranks_from_vocab_bpe(find_vocab_bpe())
 
 

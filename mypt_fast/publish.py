@@ -9,7 +9,8 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 RENAME_EXCHANGE = 2
@@ -17,22 +18,28 @@ AT_FDCWD = -100
 
 
 @contextlib.contextmanager
-def staged(target: Path, owned: frozenset[str]) -> Iterator[Path]:
-    """Yield an empty directory that replaces `target` when the block ends without an error.
+def staged(
+    target: Path, owned: frozenset[str], adopt: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Yield a directory that replaces `target` when the block ends without an error.
 
     Args:
         target: the directory to publish. Its parent must exist.
         owned: names this program writes. Other entries of an existing `target` are the user's
             and are carried over.
+        adopt: says whether what a killed process left can be continued; such a directory is
+            yielded as it was left, any other is new and empty. With it, what an interruption
+            (KeyboardInterrupt) leaves is kept as well, if it can be continued.
 
     Raises:
         OSError: as the system reports it; `target` is then as it was.
     """
     target = Path(os.path.realpath(target))  # a link to a larger disk stays a link
-    clean_stale(target)
-    aside = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = target.parent / f".{target.name}.tmp-{_me()}"
+    if not _adopt(target, aside, adopt):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    keep = False
     try:
         yield aside
         if target.is_dir():
@@ -40,33 +47,77 @@ def staged(target: Path, owned: frozenset[str]) -> Iterator[Path]:
         sync_directory(aside)
         _swap(aside, target)
         sync_directory(target.parent)
+    except KeyboardInterrupt:
+        keep = adopt is not None and adopt(aside)
+        raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # what failed, or what was there before
+        if not keep:
+            shutil.rmtree(aside, ignore_errors=True)  # what failed, or what was there before
 
 
 def clean_stale(target: Path) -> None:
     """Finish or remove what a killed process left beside `target`."""
     target = Path(os.path.realpath(target))
-    name = glob.escape(target.name)
-    for old in sorted(target.parent.glob(f".{name}.old-*")):
-        if not target.exists():  # killed between the two renames: the old state is the state
-            os.rename(old, target)
-        elif not _alive(old.name):
-            shutil.rmtree(old, ignore_errors=True)
-    for stale in target.parent.glob(f".{name}.tmp-*"):
-        if not _alive(stale.name):
+    restore(target)
+    for stale in _leftovers(target):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _adopt(target: Path, aside: Path, adopt: Callable[[Path], bool] | None) -> bool:
+    """Make the first leftover that can be continued this process's own; remove the others."""
+    restore(target)
+    is_adopted = False
+    for stale in _leftovers(target):
+        if adopt is None or is_adopted or not adopt(stale):
             shutil.rmtree(stale, ignore_errors=True)
+        else:
+            if stale != aside:
+                os.rename(stale, aside)
+            is_adopted = True
+    return is_adopted
 
 
-def _alive(name: str) -> bool:
+def restore(target: Path) -> None:
+    """Put back what was under the name when a process died between its two renames."""
+    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.old-*")):
+        if target.exists():
+            if not _may_live(old.name):
+                shutil.rmtree(old, ignore_errors=True)
+        elif not _may_live(old.name) or not _is_here(old.name):
+            # Where a process of another machine lives on after all, its second rename fails and
+            # the old state stays: nothing is lost.
+            os.rename(old, target)
+
+
+def _leftovers(target: Path) -> list[Path]:
+    """Directories that dead processes of this machine left."""
+    found = sorted(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
+    return [path for path in found if not _may_live(path.name)]
+
+
+def _me() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name was given on this machine; on a shared disk others write too."""
     pid = name.rsplit("-", 1)[1]
+    mine = tuple(f".{kind}-{socket.gethostname()}-{pid}" for kind in ("tmp", "old"))
+    return name.endswith((*mine, f".tmp-{pid}", f".old-{pid}"))  # without a host: an older name
+
+
+def _may_live(name: str) -> bool:
+    """Whether the process that made a name may still be there; another machine's always may."""
+    pid = name.rsplit("-", 1)[1]
+    if not _is_here(name):
+        return True
     if not pid.isdigit() or int(pid) == os.getpid():
         return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True
 
@@ -104,9 +155,13 @@ def _swap(new: Path, target: Path) -> None:
         return
     if _exchange(new, target):
         return
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    old = target.parent / f".{target.name}.old-{_me()}"
     os.rename(target, old)
-    os.rename(new, target)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
     os.rename(old, new)  # the caller removes it
 
 

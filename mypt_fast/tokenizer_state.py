@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +31,12 @@ class TokenizerState:
     bpe: dict[str, Any] | None = None
     bpe_vocab: dict[str, int] = field(default_factory=dict)
     bpe_merges: list[tuple[str, str]] = field(default_factory=list)
+
+
+def state_digest(state: dict[str, Any]) -> bytes:
+    """Return the SHA-256 of a state as JSON with sorted keys and no spaces; shards carry it."""
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).digest()
 
 
 def read_state(state: Any, known: dict[str, str]) -> TokenizerState:

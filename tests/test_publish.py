@@ -1,6 +1,7 @@
 """Publishing a directory: a reader sees the old one or the new one, whenever the process dies."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,50 @@ def test_the_old_state_comes_back_after_death_between_two_renames(tmp_path: Path
     target.rename(tmp_path / ".run.old-999999999")
     publish.clean_stale(target)
     assert seen(target) == dict.fromkeys(OWNED, "one")
+
+
+def test_between_two_renames_a_living_process_is_left_to_finish(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    put(target, "one")
+    busy = tmp_path / f".run.old-{socket.gethostname()}-{os.getppid()}"
+    target.rename(busy)
+    publish.clean_stale(target)
+    assert busy.exists()
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("kind", ["tmp", "old"])
+def test_another_machines_processes_are_not_judged_by_their_number(
+    tmp_path: Path, kind: str
+) -> None:
+    target = tmp_path / "run"
+    put(target, "one")
+    theirs = tmp_path / f".run.{kind}-not-{socket.gethostname()}-999999999"
+    theirs.mkdir()
+    publish.clean_stale(target)
+    put(target, "two")
+    assert theirs.exists()
+
+
+def test_what_a_killed_process_left_can_be_continued(target: Path) -> None:
+    left = target.parent / ".run.tmp-999999999"
+    left.mkdir()
+    (left / "model.pt").write_text("half")
+    with publish.staged(target, OWNED, lambda path: (path / "model.pt").exists()) as aside:
+        assert (aside / "model.pt").read_text() == "half"
+        assert not left.exists()
+        (aside / "state.json").write_text("half")
+    assert seen(target) == dict.fromkeys(OWNED, "half")
+    assert leftovers(target) == []
+
+
+@pytest.mark.parametrize("is_worth_it", [True, False])
+def test_an_interruption_leaves_what_can_be_continued(target: Path, is_worth_it: bool) -> None:
+    def interrupted() -> None:
+        with publish.staged(target, OWNED, lambda path: is_worth_it) as aside:
+            (aside / "model.pt").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(leftovers(target)) == is_worth_it

@@ -13,7 +13,7 @@ import stat
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mypt_fast.errors import DataError
@@ -47,6 +47,8 @@ class Source:
         split: "train" or "val" where the source decides, None where a hash does.
         is_demo: the file may be left out when it is not UTF-8, it was not the user's choice.
         once: it can be read only once (a pipe).
+        real_path: the absolute path without links, "" for standard input.
+        mtime_ns: when it was changed last, 0 where nobody knows.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Source:
     split: str | None = None
     is_demo: bool = False
     once: bool = False
+    real_path: str = ""
+    mtime_ns: int = 0
 
     @property
     def is_gzip(self) -> bool:
@@ -97,10 +101,7 @@ def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:
 
 def stdlib_sources(root: Path | None = None) -> list[Source]:
     """Return the demo corpus as sources."""
-    return [
-        Source(str(path), path, size=path.stat().st_size, split=split, is_demo=True)
-        for path, split in stdlib_files(root)
-    ]
+    return [replace(_source(path), split=split, is_demo=True) for path, split in stdlib_files(root)]
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Source]:
@@ -119,9 +120,8 @@ def find_inputs(inputs: Sequence[str]) -> list[Source]:
     seen: set[str] = set()
     for entry in inputs:
         for source in _expand(entry):
-            key = STDIN if source.path is None else os.path.realpath(source.path)
-            if key not in seen:
-                seen.add(key)
+            if source.real_path not in seen:
+                seen.add(source.real_path)
                 sources.append(source)
     return sources
 
@@ -133,7 +133,7 @@ def fingerprint(sources: Iterable[Source]) -> str:
     """
     digest = hashlib.sha256()
     for source in sources:
-        where = STDIN if source.path is None else os.path.realpath(source.path)
+        where = source.real_path or STDIN
         digest.update(f"{where}\0{source.size}\0{source.split}\n".encode("utf-8", "replace"))
     return digest.hexdigest()[:32]
 
@@ -176,10 +176,17 @@ def _source(path: Path) -> Source:
         suffixes.pop()
     is_jsonl = bool(suffixes) and suffixes[-1] in JSONL_SUFFIXES
     if stat.S_ISFIFO(info.st_mode):
-        return Source(str(path), path, is_jsonl, once=True)
+        return Source(str(path), path, is_jsonl, once=True, real_path=os.path.realpath(path))
     if not stat.S_ISREG(info.st_mode):
         raise DataError(f"input {path}", "is neither a file, a directory nor a pipe")
-    return Source(str(path), path, is_jsonl, size=info.st_size)
+    return Source(
+        str(path),
+        path,
+        is_jsonl,
+        size=info.st_size,
+        real_path=os.path.realpath(path),
+        mtime_ns=info.st_mtime_ns,
+    )
 
 
 def _is_text_name(path: Path) -> bool:

@@ -7,6 +7,7 @@ surrounds it, so encoding the pieces gives the very tokens of encoding the whole
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import hashlib
 import json
@@ -14,10 +15,12 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO, NamedTuple
+
+import xxhash
 
 from mypt_fast.data.corpus import Source, unreadable
 from mypt_fast.errors import DataError
@@ -29,15 +32,43 @@ MAX_ROW_BYTES = 256 << 20
 # mypt_clean works on whole lines; a longer one is treated as several.
 MAX_LINE_CHARS = 1 << 22
 _LINES_PER_BLOCK = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Piece(NamedTuple):
-    """Part of a document, or all of it."""
+    """Part of a document, or all of it.
+
+    `digest` is the XXH3-128 of the document's text before cleaning: on its last piece, on its
+    first one if the reader was asked for that, None on the others.
+    """
 
     text: str
     split: str
     starts: bool
     ends: bool
+    digest: bytes | None = None
+
+
+class _Document(NamedTuple):
+    blocks: Iterable[str]
+    digest: Callable[[], bytes]  # to be called when the blocks are exhausted, or before
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a reader has come.
+
+    Attributes:
+        source: the source to begin with.
+        pieces: how many of its pieces were delivered; they are read again and passed over.
+        documents: documents before this source, and likewise the other two.
+    """
+
+    source: int = 0
+    pieces: int = 0
+    documents: int = 0
+    skipped_empty: int = 0
+    skipped_undecodable: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +90,7 @@ class Reader:
         val_fraction: share of the documents that a hash of their beginning sends to validation;
             the first 1 / val_fraction documents always go to training.
         block_chars: the longest piece.
+        digest_first: give a document's digest with its first piece: long files are read twice.
         on_bytes: called with the number of input bytes after each read.
     """
 
@@ -66,28 +98,61 @@ class Reader:
     cleaning: LineCleaning | None = None
     val_fraction: float = 0.1
     block_chars: int = BLOCK_CHARS
+    digest_first: bool = False
     on_bytes: Callable[[int], None] = lambda count: None
     skipped_empty: int = 0
     skipped_undecodable: int = 0
     _documents_seen: int = 0
     _seen: set[bytes] = field(default_factory=set)
+    _base: Position = Position()
+    _delivered: int = 0
 
-    def pieces(self, sources: Iterable[Source]) -> Iterator[Piece]:
-        """Yield every document in order, in pieces of at most `block_chars` characters."""
-        self.skipped_empty = self.skipped_undecodable = self._documents_seen = 0
+    def pieces(self, sources: Sequence[Source], start: Position | None = None) -> Iterator[Piece]:
+        """Yield every document in order, in pieces of at most `block_chars` characters.
+
+        Args:
+            sources: the inputs.
+            start: where to go on, from `position`.
+        """
+        self._base = start = start or Position()
+        self._documents_seen = start.documents
+        self.skipped_empty = start.skipped_empty
+        self.skipped_undecodable = start.skipped_undecodable
         self._seen.clear()
-        for source in sources:
-            for blocks in self._documents(source):
-                yield from self._pieces_of(blocks, source.split)
+        self._delivered = 0
+        self.on_bytes(sum(source.size for source in sources[: start.source]))
+        for number in range(start.source, len(sources)):
+            if number > start.source and not self._depends_on_all_before():
+                self._base = Position(
+                    number, 0, self._documents_seen, self.skipped_empty, self.skipped_undecodable
+                )
+                self._delivered = 0
+            passed_over = start.pieces if self._base == start else 0
+            for document in self._documents(sources[number]):
+                for piece in self._pieces_of(document, sources[number].split):
+                    self._delivered += 1
+                    if self._delivered > passed_over:
+                        yield piece
 
-    def _pieces_of(self, blocks: Iterable[str], split: str | None) -> Iterator[Piece]:
+    def position(self) -> dict[str, int]:
+        """Return the `Position` after the piece that came last, as plain numbers."""
+        return asdict(replace(self._base, pieces=self._delivered))
+
+    def _depends_on_all_before(self) -> bool:
+        # Which lines were seen is not kept: everything is read again, which takes a small part of
+        # the time of encoding it.
+        return self.cleaning is not None and self.cleaning.dedup
+
+    def _pieces_of(self, document: _Document, split: str | None) -> Iterator[Piece]:
+        blocks, digest = document
         if self.cleaning is not None:
             blocks = clean_lines(blocks, self.cleaning, self._seen)
         chosen, starts = "", True
         held: str | None = None
         for text in cut(blocks, self.block_chars):
             if held is not None:
-                yield Piece(held, chosen, starts, False)
+                is_named = starts and self.digest_first
+                yield Piece(held, chosen, starts, False, digest() if is_named else None)
                 starts = False
             else:
                 chosen = split or self._choose_split(text)
@@ -95,7 +160,8 @@ class Reader:
         if held is None:
             self.skipped_empty += 1
         else:
-            yield Piece(held, chosen, starts, True)
+            is_named = starts or not self.digest_first
+            yield Piece(held, chosen, starts, True, digest() if is_named else None)
 
     def _choose_split(self, text: str) -> str:
         # With fewer documents than this a hash has nothing to spread; the writer then takes the
@@ -104,25 +170,37 @@ class Reader:
         is_leading = self._documents_seen <= math.ceil(1 / self.val_fraction)
         return "train" if is_leading else split_of(text, self.val_fraction)
 
-    def _documents(self, source: Source) -> Iterator[Iterable[str]]:
+    def _documents(self, source: Source) -> Iterator[_Document]:
         if source.is_jsonl:
             for text in self._rows(source):
-                yield [text]
+                data = text.encode("utf-8", "surrogatepass")
+                yield _Document([text], functools.partial(xxhash.xxh3_128_digest, data))
         elif source.is_demo:
+            digest = xxhash.xxh3_128()
             try:
-                yield list(self._decoded(source))
+                yield _Document(list(self._decoded(source, digest)), digest.digest)
             except NotTextError:
                 self.skipped_undecodable += 1
         else:
-            yield self._decoded(source)
+            digest = xxhash.xxh3_128()
+            blocks: Iterable[str] = self._decoded(source, digest)
+            if self.digest_first and source.size < READ_BYTES and not source.is_gzip:
+                blocks = list(blocks)
+            elif self.digest_first:
+                for _ in blocks:
+                    pass
+                blocks = self._decoded(source, xxhash.xxh3_128(), is_again=True)
+            yield _Document(blocks, digest.digest)
 
-    def _decoded(self, source: Source) -> Iterator[str]:
+    def _decoded(self, source: Source, digest: Any, is_again: bool = False) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         offset = 0
         with _opened(source) as file:
             while True:
                 data = file.read(READ_BYTES)
-                self.on_bytes(len(data))
+                if not is_again:
+                    self.on_bytes(len(data))
+                digest.update(data)
                 pending = len(decoder.getstate()[0])
                 if (nul := data.find(b"\0")) >= 0:
                     raise NotTextError(source.name, offset + nul, "a NUL byte")
@@ -164,8 +242,6 @@ class NotTextError(DataError):
 
 def split_of(text: str, val_fraction: float) -> str:
     """Choose the split by a hash of the document's beginning: equal documents stay together."""
-    import xxhash
-
     digest = xxhash.xxh3_64_intdigest(text[:65536].encode("utf-8", "surrogatepass"))
     return "val" if digest < val_fraction * 2**64 else "train"
 
@@ -266,6 +342,8 @@ def _row_text(line: bytes, where: str, text_field: str) -> str:
         raise DataError(where, f"is a {type(row).__name__}, expected an object")
     text = row.get(text_field)
     if isinstance(text, str):
+        if text.isascii() or not _SURROGATE.search(text):
+            return text
         # JSON can spell half a surrogate pair, which is no character and has no UTF-8.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if text_field in row:

@@ -1,4 +1,4 @@
-"""Text to a MyPT dataset: read, encode on all cores, write shards; memory does not grow with input.
+"""Text to a dataset: read, encode on all cores, write shards; memory does not grow with input.
 
 How documents are split. The first 1 / `val_fraction` documents (text files, JSONL rows, all of
 standard input) are training data. A later one goes to validation when the hash of its first 65,536
@@ -7,6 +7,9 @@ chance: when validation holds under half or over twice `val_fraction` of the tok
 stream moves to the other until the share is right, beginning at a document's start if one will do,
 else inside a document: of a single document, the last tokens are validation. Neither split is ever
 empty. The demo corpus is split by file.
+
+A run that was killed goes on from its last checkpoint, which is written whenever a shard is full:
+see `journal`. The dataset comes out byte for byte as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -15,36 +18,42 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from mypt_fast import __version__
+from mypt_fast.data import fast_gpt2
+from mypt_fast.data.build import Build
 from mypt_fast.data.corpus import DEMO_NAME, Source, find_inputs, fingerprint, stdlib_sources
-from mypt_fast.data.documents import BLOCK_CHARS, LineCleaning, Piece, Reader
-from mypt_fast.data.shard_writer import (
-    DTYPE,
+from mypt_fast.data.dataset_dir import (
     METADATA_NAME,
+    OWNED,
+    SPLITS,
     STATE_NAME,
-    SplitWriter,
-    Tokens,
-    balance,
+    has_all_shards,
     read_metadata,
     refuse_foreign,
-    staging,
     write_json,
 )
+from mypt_fast.data.documents import LineCleaning, Reader
+from mypt_fast.data.encoding import Encoder, cores, in_order, units
+from mypt_fast.data.journal import Journal, can_continue, has_journal, run_key
+from mypt_fast.data.shard_writer import FORMATS, ShardKind, balance, settle
 from mypt_fast.errors import DataError
+from mypt_fast.presets import read_json
+from mypt_fast.publish import restore, staged, sync_directory
 from mypt_fast.tokenizer import Tokenizer
+from mypt_fast.tokenizer_state import state_digest
 
 TOKENIZATIONS = ("gpt2", "char", "bpe")
 # Called with (phase, bytes read so far in this phase, bytes in all or 0 where unknown).
 Progress = Callable[[str, int, int], None]
+# Called with a line that the user should see.
+Note = Callable[[str], None]
+_MAX_STATE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,11 @@ class PrepareOptions:
     out_dir: str | Path
     input_files: tuple[str, ...] = ()
     tokenization: str = "gpt2"
+    format: str = "native"
     tokens_per_shard: int = 10_000_000
     val_fraction: float = 0.1
     text_field: str = "text"
+    dedup: bool = False
     no_eot: bool = False
     mypt_clean: bool = False
     no_normalize: bool = False
@@ -66,17 +77,12 @@ class PrepareOptions:
     demo: bool = False
     overwrite: bool = False
     workers: int | None = None
+    encoder: str = "auto"
 
 
-class _Encoded(NamedTuple):
-    """One unit's tokens of one split, and where documents begin in them."""
-
-    split: str
-    tokens: Tokens
-    starts: list[int]
-
-
-def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[str, Any]:
+def prepare(
+    options: PrepareOptions, progress: Progress | None = None, note: Note | None = None
+) -> dict[str, Any]:
     """Build the dataset and return its metadata.
 
     Raises:
@@ -84,22 +90,57 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> dict[s
             `out_dir` before is untouched then.
     """
     _check_options(options)
+    progress, note = progress or (lambda *_: None), note or (lambda _: None)
     out_dir = Path(os.path.realpath(options.out_dir))
     sources = stdlib_sources() if options.demo else find_inputs(options.input_files)
     digest = fingerprint(sources)
+    restore(out_dir)
     existing = refuse_foreign(out_dir)
     if existing is not None and not options.overwrite:
         _refuse_other(existing, out_dir, digest, sources)
+    key = run_key({**_recorded(options), "version": __version__}, sources)
+    is_once = any(source.once for source in sources)
     try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            folder = stack.enter_context(staging(out_dir))
-            sources = _made_rereadable(sources, options, stack, out_dir.parent)
-            return _build(options, sources, digest, folder, progress or (lambda *_: None))
+            adopt = _Adoption(key, is_once, note)
+            folder = stack.enter_context(staged(out_dir, OWNED, adopt))
+            adopt.is_started = True
+            sources = _made_rereadable(sources, options, stack, folder)
+            journal = stack.enter_context(closing(Journal(folder, key)))
+            metadata = _build(options, sources, digest, folder, journal, is_once, progress, note)
+            _make_publishable(folder, metadata)
+            journal.remove()
+            return metadata
     except OSError as error:
         # Inputs report their own errors: what arrives here concerns the output.
         reason = error.strerror or str(error)
         cure = "choose another --out_dir or make room"
         raise DataError(f"--out_dir {options.out_dir}", reason, cure) from error
+
+
+@dataclass
+class _Adoption:
+    """Whether what a killed run left can be continued; says why if it cannot."""
+
+    key: str
+    is_once: bool
+    note: Note
+    is_started: bool = False
+
+    def __call__(self, folder: Path) -> bool:
+        if not self.is_once and can_continue(folder, self.key):
+            if self.is_started:
+                self.note("what is finished stays: the same command goes on from there")
+            return True
+        if has_journal(folder) and not self.is_started:
+            reason = (
+                "standard input and pipes cannot be read twice"
+                if self.is_once
+                else "it had finished no shard, or its inputs or options were others"
+            )
+            self.note(f"an interrupted run cannot be continued, so this one starts over: {reason}")
+        return False
 
 
 def ensure_demo_dataset(out_dir: Path, tokenization: str, progress: Progress | None = None) -> Path:
@@ -116,7 +157,7 @@ def ensure_demo_dataset(out_dir: Path, tokenization: str, progress: Progress | N
     used = metadata.get("options") if metadata is not None else None
     if metadata is not None and used == _recorded(options):
         is_same = metadata.get("corpus_fingerprint") == fingerprint(stdlib_sources())
-        if is_same and (out_dir / STATE_NAME).is_file() and _has_all_shards(out_dir, metadata):
+        if is_same and (out_dir / STATE_NAME).is_file() and has_all_shards(out_dir, metadata):
             return out_dir
     # An older demo makes way; a dataset that someone prepared from text of their own does not.
     is_demo = isinstance(used, dict) and used.get("demo") is True
@@ -127,26 +168,19 @@ def ensure_demo_dataset(out_dir: Path, tokenization: str, progress: Progress | N
 def _recorded(options: PrepareOptions) -> dict[str, Any]:
     """Return the options that decide what the tokens are."""
     used = asdict(options)
-    for key in ("out_dir", "input_files", "overwrite", "workers"):
+    for key in ("out_dir", "input_files", "overwrite", "workers", "encoder"):
         del used[key]
     return used
 
 
-def _has_all_shards(folder: Path, metadata: dict[str, Any]) -> bool:
-    try:
-        return all(
-            (folder / shard["name"]).stat().st_size == shard["tokens"] * DTYPE.itemsize
-            for shard in metadata["shards"]
-        )
-    except (OSError, KeyError, TypeError):
-        return False
-
-
 def _check_options(options: PrepareOptions) -> None:
-    if options.tokenization not in TOKENIZATIONS:
-        raise DataError(
-            f"--tokenization {options.tokenization}", f"is none of {', '.join(TOKENIZATIONS)}"
-        )
+    for flag, value, known in (
+        ("--tokenization", options.tokenization, TOKENIZATIONS),
+        ("--format", options.format, FORMATS),
+        ("--encoder", options.encoder, fast_gpt2.ENCODERS),
+    ):
+        if value not in known:
+            raise DataError(f"{flag} {value}", f"is none of {', '.join(known)}")
     if not 0 < options.val_fraction < 1:
         raise DataError(
             f"--val_fraction {options.val_fraction}",
@@ -177,10 +211,11 @@ def _refuse_other(
 def _made_rereadable(
     sources: list[Source], options: PrepareOptions, stack: ExitStack, near: Path
 ) -> list[Source]:
-    """Copy pipes to files where the tokenizer needs to see all text before encoding any."""
-    if options.tokenization == "gpt2" or not any(source.once for source in sources):
+    """Copy pipes to files where all text must be seen before any is encoded."""
+    is_read_once = options.tokenization == "gpt2" and not options.dedup
+    if is_read_once or not any(source.once for source in sources):
         return sources
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix=".spool-")))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=near, prefix="pipes-")))
     result = []
     for n, source in enumerate(sources):
         if source.once:
@@ -201,37 +236,60 @@ def _build(
     sources: list[Source],
     digest: str,
     folder: Path,
+    journal: Journal,
+    is_once: bool,
     progress: Progress,
+    note: Note,
 ) -> dict[str, Any]:
+    if journal.last is not None and journal.last.metadata is not None:
+        return journal.last.metadata
     reader = Reader(
         text_field=options.text_field,
         cleaning=LineCleaning(not options.no_normalize, not options.no_filter, not options.no_dedup)
         if options.mypt_clean
         else None,
         val_fraction=options.val_fraction,
+        digest_first=options.dedup,
     )
-    tokenizer = _make_tokenizer(options, reader, sources, progress)
-    _count_bytes(reader, sources, "encode", progress)
-    writers = {
-        split: SplitWriter(folder / split, options.tokens_per_shard) for split in ("train", "val")
-    }
-    try:
-        _write_tokens(options, tokenizer, reader, sources, writers)
-        rule = (
-            "by file"
-            if options.demo
-            else balance(writers["train"], writers["val"], options.val_fraction)
-        )
-        for writer in writers.values():
-            writer.close()
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    metadata = _metadata(options, tokenizer, reader, writers, sources)
-    metadata.update(split_rule=rule, corpus_fingerprint=digest)
-    write_json(folder / STATE_NAME, tokenizer.get_state())
+    is_continued = journal.last is not None
+    tokenizer = _make_tokenizer(options, reader, sources, folder, is_continued, progress)
+    kind = _shard_kind(options, tokenizer)
+    if not is_continued:
+        write_json(folder / STATE_NAME, tokenizer.get_state())
+    build = Build(folder, options.tokens_per_shard, kind, options.dedup, journal, not is_once)
+    with closing(build):
+        if build.tokens:
+            note(f"continuing an interrupted run after {build.tokens:,} tokens")
+        elif options.tokenization != "gpt2":
+            build.checkpoint()  # the vocabulary need not be made again
+        _count_bytes(reader, sources, "encode", progress)
+        encoder = _write_tokens(options, tokenizer, reader, sources, build)
+        train, val = build.writers["train"], build.writers["val"]
+        rule = "by file" if options.demo else balance(train, val, options.val_fraction)
+        train.close()
+        val.close()
+        metadata = _metadata(options, tokenizer, reader, build, sources)
+        metadata.update(encoder=encoder, split_rule=rule, corpus_fingerprint=digest)
+        build.finish(metadata)
+        return metadata
+
+
+def _make_publishable(folder: Path, metadata: dict[str, Any]) -> None:
+    """Leave the dataset and nothing else but the journal; doing it again changes nothing."""
     write_json(folder / METADATA_NAME, metadata)
-    return metadata
+    for split in SPLITS:
+        settle(folder / split, [s for s in metadata["shards"] if s["name"].startswith(split)])
+        sync_directory(folder / split)
+    Build.remove_work_files(folder)
+
+
+def _shard_kind(options: PrepareOptions, tokenizer: Tokenizer) -> ShardKind:
+    return ShardKind(
+        options.format,
+        tokenizer.model_vocab_size,
+        -1 if tokenizer.eot_id is None or options.no_eot else tokenizer.eot_id,
+        state_digest(tokenizer.get_state()),
+    )
 
 
 def _count_bytes(reader: Reader, sources: list[Source], phase: str, progress: Progress) -> None:
@@ -248,10 +306,17 @@ def _count_bytes(reader: Reader, sources: list[Source], phase: str, progress: Pr
 
 
 def _make_tokenizer(
-    options: PrepareOptions, reader: Reader, sources: list[Source], progress: Progress
+    options: PrepareOptions,
+    reader: Reader,
+    sources: list[Source],
+    folder: Path,
+    is_continued: bool,
+    progress: Progress,
 ) -> Tokenizer:
     if options.tokenization == "gpt2":
         return Tokenizer.gpt2()
+    if is_continued:
+        return Tokenizer.from_state(read_json(folder / STATE_NAME, "tokenizer", _MAX_STATE_BYTES))
     _count_bytes(reader, sources, "read vocabulary", progress)
     if options.tokenization == "bpe":
         texts = (piece.text for piece in reader.pieces(sources))
@@ -277,96 +342,31 @@ def _write_tokens(
     tokenizer: Tokenizer,
     reader: Reader,
     sources: list[Source],
-    writers: dict[str, SplitWriter],
-) -> None:
-    workers = options.workers or _cores()
+    build: Build,
+) -> str:
+    """Encode and write what is not written yet; returns what encoded it."""
+    fast, name = None, tokenizer.kind
+    if options.tokenization == "gpt2" and not options.mypt_clean:
+        fast, name = fast_gpt2.choose(options.encoder)
     eot = None if options.no_eot else tokenizer.eot_id
-
-    def encode(unit: list[Piece]) -> list[_Encoded]:
-        return _encode_unit(tokenizer, unit, eot, with_specials=options.mypt_clean)
-
-    with closing(_in_order(encode, _units(reader.pieces(sources)), workers)) as results:
+    encoder = Encoder(tokenizer, build.kind.dtype, eot, options.mypt_clean, fast)
+    source = units(reader, reader.pieces(sources, build.position), build.duplicates)
+    with closing(in_order(encoder, source, options.workers or cores())) as results:
         for result in results:
-            for split, tokens, starts in result:
-                writers[split].append(tokens, starts)
-    if sum(writer.tokens for writer in writers.values()) < 2:
+            build.add(result)
+    if build.tokens < 2:
         raise _no_text(options)
-
-
-def _cores() -> int:
-    # Not every system can tell which cores this process may use.
-    known = getattr(os, "sched_getaffinity", None)
-    return min(len(known(0)) if known else os.cpu_count() or 1, 32)
-
-
-def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group small documents, so that a thread gets enough to be worth its while."""
-    unit: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        unit.append(piece)
-        size += len(piece.text)
-        if size >= BLOCK_CHARS // 2:
-            yield unit
-            unit, size = [], 0
-    if unit:
-        yield unit
-
-
-def _encode_unit(
-    tokenizer: Tokenizer, unit: list[Piece], eot: int | None, with_specials: bool
-) -> list[_Encoded]:
-    end = None if eot is None else np.array([eot], dtype=np.uint32)
-    parts: dict[str, list[Tokens]] = {}
-    starts: dict[str, list[int]] = {}
-    sizes: dict[str, int] = {}
-    for piece in unit:
-        if with_specials:
-            # MyPT's pipeline encodes lines with its special tokens recognised.
-            tokens = np.array(tokenizer.encode(piece.text), dtype=np.uint32)
-        else:
-            tokens = tokenizer.encode_to_numpy(piece.text)
-        size = sizes.get(piece.split, 0)
-        if piece.starts:
-            starts.setdefault(piece.split, []).append(size)
-        kept = parts.setdefault(piece.split, [])
-        kept.append(tokens)
-        size += len(tokens)
-        if piece.ends and end is not None:
-            kept.append(end)
-            size += 1
-        sizes[piece.split] = size
-    return [_Encoded(s, np.concatenate(parts[s]), starts.get(s, [])) for s in parts]
-
-
-def _in_order(
-    work: Callable[[list[Piece]], list[_Encoded]], units: Iterable[list[Piece]], workers: int
-) -> Generator[list[_Encoded], None, None]:
-    """Map in threads (the tokenizers release the GIL), a bounded number of units in flight."""
-    if workers == 1:
-        yield from map(work, units)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-    waiting: deque[Future[list[_Encoded]]] = deque()
-    try:
-        for unit in units:
-            waiting.append(pool.submit(work, unit))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return name
 
 
 def _metadata(
     options: PrepareOptions,
     tokenizer: Tokenizer,
     reader: Reader,
-    writers: dict[str, SplitWriter],
+    build: Build,
     sources: list[Source],
 ) -> dict[str, Any]:
-    train, val = writers["train"], writers["val"]
+    train, val = build.writers["train"], build.writers["val"]
     return {
         "total_tokens": train.tokens + val.tokens,
         "total_shards": len(train.shards) + len(val.shards),
@@ -376,15 +376,19 @@ def _metadata(
         "tokenization": options.tokenization,
         "vocab_size": tokenizer.model_vocab_size,
         "input_files": [DEMO_NAME] if options.demo else list(options.input_files),
-        "format": "mypt",
-        "dtype": "uint32",
+        "format": options.format,
+        "dtype": build.kind.dtype.name,
         "num_train_tokens": train.tokens,
         "num_val_tokens": val.tokens,
         "num_train_documents": train.documents,
         "num_val_documents": val.documents,
         "num_files": len(sources),
+        "num_documents": build.duplicates.documents,
+        "duplicate_documents": build.duplicates.duplicates,
+        "duplicates_dropped": options.dedup,
         "skipped_empty_documents": reader.skipped_empty,
         "skipped_undecodable_files": reader.skipped_undecodable,
+        "verified_pieces": build.verified,
         "max_token": max(train.max_token, val.max_token),
         "shards": [*train.shards, *val.shards],
         "options": _recorded(options),

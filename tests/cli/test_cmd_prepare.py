@@ -38,7 +38,8 @@ def test_the_command_prints_a_summary_or_the_metadata(
     )
     shown = capsys.readouterr()
     assert shown.out.splitlines()[0] == f"dataset     {out}"
-    assert shown.out.splitlines()[-1].endswith(f"--dataset_dir {out}")
+    assert shown.out.splitlines()[-2].endswith(f"--dataset_dir {out}")
+    assert shown.out.splitlines()[-1] == "documents: 30, exact duplicates: 0 (0.0 %)"
     assert shown.err.startswith("encode ")
     assert (
         cmd_prepare.run(

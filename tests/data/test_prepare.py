@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
+import socket
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
+from plain_shards import read_native, tokens
 
-from mypt_fast.data import documents, prepare, shard_writer
+from mypt_fast import publish
+from mypt_fast.data import documents, encoding, prepare
 from mypt_fast.data.prepare import PrepareOptions, ensure_demo_dataset
-from mypt_fast.errors import DataError
+from mypt_fast.errors import DataError, IntegrityError
 from mypt_fast.tokenizer import Tokenizer
 
 EOT = 50256
-
-
-def tokens(folder: Path, split: str) -> np.ndarray:
-    paths = sorted((folder / split).glob("*.bin"))
-    return np.concatenate([np.fromfile(path, "<u4") for path in paths])
 
 
 def build(out: Path, *inputs: Path | str, **options: Any) -> dict[str, Any]:
@@ -72,9 +72,7 @@ def check_whole(out: Path, metadata: dict[str, Any]) -> None:
         ]
         assert len(os.listdir(out / split)) == len(shards) == metadata[f"{split}_shards"]
         for shard in shards:
-            data = (out / shard["name"]).read_bytes()
-            assert xxhash.xxh3_128_hexdigest(data) == shard["xxh3_128"]
-            assert len(data) == 4 * shard["tokens"]
+            check_shard(out, shard, metadata)
         sizes = [shard["tokens"] for shard in shards]
         assert all(size == metadata["tokens_per_shard"] for size in sizes[:-1])
         assert sum(sizes) == metadata[f"num_{split}_tokens"] > 0
@@ -83,10 +81,35 @@ def check_whole(out: Path, metadata: dict[str, Any]) -> None:
     assert metadata["max_token"] == everything.max() < metadata["vocab_size"]
 
 
+def check_shard(out: Path, shard: dict[str, Any], metadata: dict[str, Any]) -> None:
+    path = out / shard["name"]
+    if metadata["format"] == "mypt":
+        assert metadata["dtype"] == "uint32"
+        assert path.stat().st_size == 4 * shard["tokens"]
+        assert xxhash.xxh3_128_hexdigest(path.read_bytes()) == shard["xxh3_128"]
+        return
+    found = read_native(path)
+    assert found.header["n_tokens"] == shard["tokens"]
+    assert found.header["payload_hash"].hex() == shard["xxh3_128"]
+    assert found.header["vocab_size"] == metadata["vocab_size"]
+    assert metadata["dtype"] == found.tokens.dtype.name == "uint16"
+    state = json.loads((out / "tokenizer_state.json").read_text())
+    canonical = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
+    assert found.header["tokenizer"] == hashlib.sha256(canonical).digest()
+    eot = Tokenizer.from_state(state).eot_id
+    if eot is not None and not metadata["options"]["no_eot"]:
+        assert found.header["eot_id"] == eot
+        expected = (np.flatnonzero(found.tokens == eot) + 1).tolist()
+        if not expected or expected[-1] != shard["tokens"]:
+            expected.append(shard["tokens"])  # the last document goes on in the next shard
+        assert found.ends == expected
+
+
+@pytest.mark.parametrize("format_", ["native", "mypt"])
 def test_gpt2_tokens_reproduce_every_document_byte_for_byte(
-    texts: Path, tmp_path: Path, gpt2: Tokenizer
+    texts: Path, tmp_path: Path, gpt2: Tokenizer, format_: str
 ) -> None:
-    metadata = build(tmp_path / "out", texts)
+    metadata = build(tmp_path / "out", texts, format=format_)
     check_whole(tmp_path / "out", metadata)
     found = {
         split: [gpt2.decode(part) for part in split_at(tokens(tmp_path / "out", split))]
@@ -115,7 +138,7 @@ def test_metadata_begins_with_mypts_keys_and_tells_the_rest(texts: Path, tmp_pat
     ]
     assert metadata["vocab_size"] == 50304
     assert metadata["input_files"] == [str(texts)]
-    assert (metadata["format"], metadata["dtype"]) == ("mypt", "uint32")
+    assert (metadata["format"], metadata["dtype"]) == ("native", "uint16")
     assert metadata["options"]["val_fraction"] == 0.1
     state = json.loads((tmp_path / "out" / "tokenizer_state.json").read_text())
     assert state == Tokenizer.gpt2().get_state()
@@ -132,14 +155,17 @@ def test_the_result_does_not_depend_on_workers_or_block_size(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = build(tmp_path / "one", texts, workers=1)
-    monkeypatch.setattr(prepare, "BLOCK_CHARS", 200)
+    monkeypatch.setattr(encoding, "BLOCK_CHARS", 200)
     three = build(tmp_path / "three", texts, workers=3)
     assert one == three
 
 
-def test_shards_are_filled_exactly_and_documents_straddle_them(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", ["native", "mypt"])
+def test_shards_are_filled_exactly_and_documents_straddle_them(
+    texts: Path, tmp_path: Path, format_: str
+) -> None:
     whole = build(tmp_path / "whole", texts)
-    parts = build(tmp_path / "parts", texts, tokens_per_shard=97)
+    parts = build(tmp_path / "parts", texts, tokens_per_shard=97, format=format_)
     check_whole(tmp_path / "parts", parts)
     assert parts["train_shards"] == -(-whole["num_train_tokens"] // 97)
     assert (tokens(tmp_path / "parts", "train") == tokens(tmp_path / "whole", "train")).all()
@@ -230,6 +256,36 @@ def test_mypt_clean_recognises_special_tokens_as_mypt_does(tmp_path: Path) -> No
     assert tokens(tmp_path / "out", "train")[0] == 50259
 
 
+def test_memory_does_not_grow_with_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "BLOCK_CHARS", 1 << 15)
+    row = json.dumps({"text": "A row of some length, and all of them different: "}) + "\n"
+    peaks = []
+    for n, rows in enumerate((2_000, 20_000)):
+        path = tmp_path / f"{n}.jsonl"
+        path.write_text("".join(row.replace("different", str(i)) for i in range(rows)))
+        tracemalloc.start()
+        build(tmp_path / str(n), path, encoder="tiktoken", workers=2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # 18,000 documents more, each 16 bytes in the digests (and again where two parts are merged)
+    # and 8 in the index of its shard.
+    assert peaks[1] - peaks[0] < 18_000 * 60
+
+
+@pytest.mark.parametrize("where", ["white", "nowhere"])
+def test_the_beginning_of_a_long_text_is_checked(gpt2: Tokenizer, where: str) -> None:
+    text = ("word " if where == "white" else "words") * 20_000
+    tokens_ = gpt2.encode_to_numpy(text).copy()
+    unit = encoding.Unit([documents.Piece(text, "train", True, True)], 0, {}, {})
+    encoder = encoding.Encoder(gpt2, np.dtype("<u2"), None, False, lambda texts: [tokens_])
+    assert encoder(unit).verified == 1
+    tokens_[50] += 1
+    with pytest.raises(IntegrityError, match="not those of the tokenizer"):
+        encoder(unit)
+
+
 # --- split
 
 
@@ -302,18 +358,23 @@ def test_an_interrupted_replacement_keeps_the_old_dataset(
     assert sorted(os.listdir(tmp_path)) == ["out", "texts"]
 
 
+@pytest.mark.parametrize("has_exchange", [True, False])
 def test_a_replacement_that_fails_at_the_last_step_puts_the_old_dataset_back(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
 ) -> None:
     before = build(tmp_path / "out", texts)
     rename = os.rename
 
     def fail_to_publish(source: Path, target: Path) -> None:
-        if ".preparing-" in source.name:
+        if ".tmp-" in source.name:
             raise PermissionError(13, "Permission denied")
         rename(source, target)
 
+    def refuse(a: Path, b: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr("os.rename", fail_to_publish)
+    monkeypatch.setattr(publish, "_exchange", refuse if has_exchange else lambda a, b: False)
     with pytest.raises(DataError, match="Permission denied"):
         build(tmp_path / "out", texts, tokens_per_shard=50)
     check_whole(tmp_path / "out", before)
@@ -331,18 +392,17 @@ def test_what_a_killed_run_left_is_removed_and_a_half_replacement_undone(
     texts: Path, tmp_path: Path
 ) -> None:
     before = build(tmp_path / "out", texts)
-    os.rename(tmp_path / "out", tmp_path / ".out.replaced")
-    mark = f".out.preparing-{shard_writer.socket.gethostname()}-"
-    (tmp_path / f"{mark}999999999").mkdir()
-    (tmp_path / f"{mark}1").mkdir()  # belongs to a process that lives
-    with shard_writer.staging(tmp_path / "other") as folder:
-        (folder / "train").mkdir()
-        (folder / "val").mkdir()
-        # another dataset's leftovers are not this one's business
-    with pytest.raises(RuntimeError), shard_writer.staging(tmp_path / "out"):
-        raise RuntimeError
+    here = socket.gethostname()
+    os.rename(tmp_path / "out", tmp_path / f".out.old-{here}-999999999")
+    left = [f".out.tmp-{here}-1", ".out.tmp-elsewhere-999999999", ".other.tmp-999999999"]
+    for name in (*left, f".out.tmp-{here}-999999999"):
+        (tmp_path / name).mkdir()  # of a living process, another machine, another dataset
+    with pytest.raises(DataError, match="other inputs"):
+        build(tmp_path / "out", texts / "01.txt")
     check_whole(tmp_path / "out", before)
-    assert sorted(os.listdir(tmp_path)) == [f"{mark}1", "other", "out", "texts"]
+    assert build(tmp_path / "out", texts) == before
+    check_whole(tmp_path / "out", before)
+    assert sorted(os.listdir(tmp_path)) == sorted([*left, "out", "texts"])
 
 
 def test_other_inputs_need_overwrite_and_the_same_do_not(texts: Path, tmp_path: Path) -> None:
@@ -388,6 +448,8 @@ def test_an_empty_directory_is_filled(texts: Path, tmp_path: Path) -> None:
     ("options", "found"),
     [
         ({"tokenization": "word"}, "--tokenization word"),
+        ({"format": "parquet"}, "--format parquet"),
+        ({"encoder": "fastest"}, "--encoder fastest"),
         ({"val_fraction": 0.0}, "--val_fraction 0.0"),
         ({"val_fraction": 1.0}, "--val_fraction 1.0"),
         ({"val_fraction": float("nan")}, "--val_fraction nan"),

@@ -1,0 +1,88 @@
+"""The directory that `prepare` makes: its two JSON files, and when it may be replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mypt_fast.data.format import WIDTHS, native
+from mypt_fast.errors import DataError
+
+METADATA_NAME = "dataset_metadata.json"
+STATE_NAME = "tokenizer_state.json"
+SPLITS = ("train", "val")
+OWNED = frozenset({METADATA_NAME, STATE_NAME, *SPLITS})
+_FORMATS = ("native", "mypt")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that is complete or absent: a temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_metadata(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of a dataset this program wrote, None for anything else."""
+    try:
+        value = json.loads((folder / METADATA_NAME).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and value.get("format") in _FORMATS else None
+
+
+def has_all_shards(folder: Path, metadata: dict[str, Any]) -> bool:
+    """Whether every shard is there and as long as it has to be; tokens are not read."""
+    try:
+        is_native = metadata["format"] == "native"
+        width = WIDTHS[metadata["dtype"]]
+        for shard in metadata["shards"]:
+            path, n_tokens = folder / shard["name"], shard["tokens"]
+            size = n_tokens * width
+            if is_native:
+                with path.open("rb") as file:
+                    header = native.unpack_header(file.read(native.HEADER_BYTES))
+                if (header.n_tokens, header.width) != (n_tokens, width):
+                    return False
+                size = native.layout(header).file_size
+            if path.stat().st_size != size:
+                return False
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
+def refuse_foreign(folder: Path) -> dict[str, Any] | None:
+    """Return the metadata of the dataset in `folder`, None when there is nothing to lose.
+
+    Raises:
+        DataError: the name is taken by something that is not a dataset of ours.
+    """
+    cure = "choose another --out_dir, or move it away yourself"
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--out_dir {folder}", "exists and is not a directory", cure)
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"--out_dir {folder}", error.strerror or str(error), cure) from error
+    if not names:
+        return None
+    metadata = read_metadata(folder)
+    if metadata is None:
+        raise DataError(f"--out_dir {folder}", f"is not empty and no dataset of ours ({names[0]})")
+    for path in folder.rglob("*"):
+        if not re.fullmatch(
+            r"(train|val)(/shard_\d+\.bin)?|tokenizer_state\.json|dataset_metadata\.json",
+            path.relative_to(folder).as_posix(),
+        ):
+            raise DataError(f"--out_dir {folder}", f"holds {path.name}, no part of a dataset", cure)
+    return metadata
