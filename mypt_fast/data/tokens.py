@@ -100,7 +100,7 @@ class TokenCorpus:
         corpus._shards = shards
         if module := corpus._choose(backend):
             corpus.io = _fitting_io(shards, module) if io == "auto" else io
-            specs = [(str(s.path), s.width, s.n_tokens, s.offset, _file_size(s)) for s in shards]
+            specs = [(str(s.path), s.width, s.n_tokens, s.offset, s.file_size) for s in shards]
             corpus._native = module.Corpus.open(specs, corpus.io)
         elif io == "pread":
             raise DataError(
@@ -187,15 +187,11 @@ class TokenCorpus:
         return module
 
 
-def _file_size(shard: Shard) -> int:
-    return shard.offset + shard.n_tokens * shard.width
-
-
 def _fitting_io(shards: list[Shard], module: ModuleType) -> str:
     """Map what is on a local disk, fits into memory and is already there; read the rest."""
     if module.is_remote(str(shards[0].path)):
         return "pread"
-    if sum(map(_file_size, shards)) > _SHARE_OF_MEMORY * _available_bytes():
+    if sum(shard.file_size for shard in shards) > _SHARE_OF_MEMORY * _available_bytes():
         return "pread"
     step = -(-len(shards) // _SAMPLED_SHARDS)
     filled = [shard for shard in shards[::step] if shard.n_tokens]

@@ -79,6 +79,7 @@ def open_native(
     shard = Shard(
         path, header.width, header.n_tokens, layout.payload, digest, "native", label,
         header.vocab_size, header.eot_id, header.max_token, documents, planes, "", header.tokenizer,
+        layout.file_size - layout.payload - header.n_tokens * header.width,
     )  # fmt: skip
     tables = layout.footer - layout.documents
     return shard, tables if tables <= most else 0

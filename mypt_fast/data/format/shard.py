@@ -79,6 +79,7 @@ class Shard:
         planes: what lies beside the tokens.
         notice: one line for people about how the file was understood.
         tokenizer: SHA-256 of the tokenizer's state; zeros where unknown.
+        trailing: bytes of the file after the last token.
     """
 
     path: Path
@@ -95,6 +96,12 @@ class Shard:
     planes: tuple[Plane, ...] = ()
     notice: str = ""
     tokenizer: bytes = bytes(32)
+    trailing: int = 0
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file."""
+        return self.offset + self.n_tokens * self.width + self.trailing
 
     @property
     def name(self) -> str:
