@@ -19,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from bench_loader import get_batch
 from record import machine, save
 
 from mypt_fast import _native
+from mypt_fast.data.format import native
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.tokens import TokenCorpus
 
@@ -213,6 +215,48 @@ def test_memory(benchmark, large, io):
         grown = status("VmRSS") - before
     percentiles(benchmark, f"mypt_fast {io}")
     benchmark.extra_info["rss_growth_mb"] = round(grown / 1e6, 1)
+
+
+def sparse_shards(folder, count, n_tokens):
+    """Native shards of zeros that take no room, with every hash they need."""
+    (folder / "train").mkdir(parents=True)
+    payload = bytes(2 * n_tokens)
+    blocks = [
+        xxhash.xxh3_64_intdigest(payload[i : i + native.BLOCK_BYTES])
+        for i in (0, len(payload) // native.BLOCK_BYTES * native.BLOCK_BYTES)
+    ]
+    header = native.Header(2, n_tokens, 1, payload_hash=xxhash.xxh3_128_digest(payload))
+    where = native.layout(header)
+    hashes = [blocks[0]] * (native.n_blocks(header) - 1) + blocks[1:]
+    tables = np.array([n_tokens, *hashes], "<u8").tobytes()
+    head, tail = native.pack_header(header), tables + native.pack_footer(where.file_size, tables)
+    for i in range(count):
+        with (folder / f"train/shard_{i:05d}.bin").open("wb") as file:
+            file.write(head)
+            file.seek(where.documents)
+            file.write(tail)
+    (folder / "dataset_metadata.json").write_text(json.dumps({"format": "native"}))
+
+
+def test_resume_at_a_trillion_tokens(benchmark, tmp_path):
+    """Open 10,000 shards, check their headers and indexes, go to the middle and read a batch."""
+    sparse_shards(tmp_path, 10_000, 100_000_000)
+    state = ours(tmp_path).state_dict()
+    state["global_sample"] = 500_000_000 // B * B
+    grown = []
+
+    def resume():
+        before = status("RssAnon")
+        loader = ours(tmp_path)
+        loader.load_state_dict(state)
+        loader.next(B)
+        grown.append(status("RssAnon") - before)
+
+    benchmark.group = "resume at 10^12 tokens"
+    benchmark.pedantic(resume, rounds=7, iterations=1, warmup_rounds=1)
+    percentiles(benchmark, "mypt_fast")
+    # what is left of it is the names of 10,000 files; an order would be 7.8 GB
+    benchmark.extra_info["rss_growth_mb"] = round(statistics.median(grown) / 1e6, 1)
 
 
 def main():

@@ -19,6 +19,7 @@ constexpr std::uint64_t kCacheLine = 64;
 constexpr std::size_t kMaxOpen = 256;  // of the 1024 files that a process may usually have open
 // A fault maps up to 16 pages around it.
 constexpr std::uint64_t kBytesAFault = 64 << 10;
+constexpr std::uint64_t kCallsACheck = 64;  // a check takes a microsecond, a batch a few
 constexpr std::uint64_t kMaxMapped = std::uint64_t{512} << 20;
 
 void check_width(int width) {
@@ -108,7 +109,13 @@ void Corpus::prefetch(std::uint64_t start, std::uint64_t count) const {
 }
 
 void Corpus::touched(std::uint64_t windows) const {
-  if (io_ != Io::kMap || file_bytes_ <= kMaxMapped) return;
+  if (io_ != Io::kMap) return;
+  const std::uint64_t call = calls_.fetch_add(1, std::memory_order_relaxed);
+  if (call % kCallsACheck == 0 && !shards_.empty()) {
+    Shard& shard = shards_[call / kCallsACheck % shards_.size()];
+    if (shard.file) shard.file->check();
+  }
+  if (file_bytes_ <= kMaxMapped) return;
   const std::uint64_t all = windows_touched_.fetch_add(windows, std::memory_order_relaxed) + windows;
   if (all * kBytesAFault < kMaxMapped) return;
   windows_touched_.store(0, std::memory_order_relaxed);

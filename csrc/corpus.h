@@ -81,8 +81,8 @@ class Corpus {
   // that is not resident is left alone by a prefetch into the cache.
   void prefetch(std::uint64_t start, std::uint64_t count) const;
 
-  // Under Io::kMap: note that windows were read, and give pages back now and then, so that what
-  // the process holds does not grow to the size of the data.
+  // Under Io::kMap: note that windows were read. Now and then one of the files is checked, and
+  // pages are given back, so that what the process holds does not grow to the size of the data.
   void touched(std::uint64_t windows) const;
 
  private:
@@ -104,7 +104,7 @@ class Corpus {
   std::uint64_t file_bytes_ = 0;
   mutable std::deque<Shard> shards_;  // files open themselves when they are first read
   std::vector<std::uint64_t> ends_;   // prefix sums: shard i ends before token ends_[i]
-  mutable std::atomic<std::uint64_t> windows_touched_{0};
+  mutable std::atomic<std::uint64_t> windows_touched_{0}, calls_{0};
   mutable std::mutex open_mutex_;
   mutable std::deque<std::size_t> open_;  // under Io::kRead, the oldest first
   mutable std::vector<bool> is_open_;

@@ -238,6 +238,22 @@ void ShardFile::will_need(std::uint64_t offset, std::size_t count) {
 #endif
 }
 
+void ShardFile::check() {
+  if (io_ != Io::kMap || !data_.load(std::memory_order_acquire)) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  struct stat info;
+  if (::stat(path_.c_str(), &info) != 0) return;  // removed: the mapping keeps the file
+  if (static_cast<std::uint64_t>(info.st_dev) != identity_.device ||
+      static_cast<std::uint64_t>(info.st_ino) != identity_.inode) {
+    return;
+  }
+  if (static_cast<std::uint64_t>(info.st_size) != size_ ||
+      changed_ns(info) != identity_.changed_ns) {
+    changed(path_, std::to_string(info.st_size) + " bytes, changed since it was mapped with " +
+                       std::to_string(size_));
+  }
+}
+
 void ShardFile::forget_pages() {
 #ifdef __linux__
   if (io_ != Io::kMap) return;

@@ -35,8 +35,8 @@ class Descriptor {
 
 // Opened when it is first used, so that ten thousand shards cost nothing to name; safe to share.
 // The file must then have the size that was validated, and stay the file it was whenever it is
-// opened again. A file that is cut short under a mapping kills the process with SIGBUS when lost
-// pages are read; under kRead it is a DataChangedError.
+// opened again. Under kRead a file that is cut short is a DataChangedError. A mapping is looked at
+// now and then (`check`); lost pages that are read before that kill the process with SIGBUS.
 class ShardFile {
  public:
   ShardFile(std::string path, std::uint64_t size, Io io);
@@ -58,6 +58,10 @@ class ShardFile {
 
   // Under kMap: give the mapped pages back; they stay in the page cache.
   void forget_pages();
+
+  // Under kMap: throw if the file is not what it was when it was mapped. One that was replaced by
+  // another of its name is still there for this process, and is no change.
+  void check();
 
   // Under kRead: close the file until it is next used; whether it was open.
   bool rest();

@@ -31,6 +31,11 @@ class DataConfig:
     tokenization: str | None = opt(
         None, "tokens of --input_file and of the demo corpus", choices=("gpt2", "char")
     )
+    verify_data: str = opt(
+        "open",
+        "what is compared with its hash before training; open: headers and indexes; full: all",
+        choices=("open", "full"),
+    )
     eval_dataset_dir: str | None = opt(None, "a further validation set, logged as eval_general")
 
 

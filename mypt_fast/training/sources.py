@@ -182,6 +182,19 @@ class DataOpener:
         except ValueError as e:
             raise ConfigError(f"mixture of {corpus.source}", str(e), "change its shares") from e
 
+    def _verify(self, folder: str) -> None:
+        """Read every byte of a dataset that is about to be trained on, if that was asked."""
+        if self.settings.data.verify_data != "full":
+            return
+        from mypt_fast.data.format.verify import verify_dataset
+
+        report = verify_dataset(Path(folder))
+        without = f"; no hash is recorded for {len(report.unhashed)} shard(s)"
+        self.notices.append(
+            f"{folder}: {report.bytes_read / 1e9:.2f} GB compared with their hashes in "
+            f"{report.seconds:.1f} s{without * bool(report.unhashed)}"
+        )
+
     def _dataset(self, folder: str) -> Corpora:
         path = Path(folder)
         return TokenCorpus.from_dataset(path, "train"), TokenCorpus.from_dataset(path, "val")
@@ -235,6 +248,8 @@ class DataOpener:
         return Tokenizer.from_state(read_json(path, "tokenizer", MAX_TOKENIZER_BYTES))
 
     def _same_tokenizer(self, tokenizer: Tokenizer, folder: str) -> None:
+        """Refuse a dataset of other tokens than the run's, or with bytes that are not its own."""
+        self._verify(folder)
         other = self._dataset_tokenizer(folder)
         expected = self.saved_tokenizer and Tokenizer.from_state(self.saved_tokenizer)
         for known, whose in ((tokenizer, "this run's data"), (expected, "the saved run")):

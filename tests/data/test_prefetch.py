@@ -187,6 +187,29 @@ def test_a_file_cut_short_under_the_worker_is_an_error_after_the_good_batches(
         ahead.next(4)
 
 
+def test_a_mapped_file_that_changed_is_found_before_long(write_dataset, tmp_path):
+    tokens = corpus("mmap", tmp_path, write=write_dataset)
+    loader = TokenLoader(tokens, 16, seed=5, global_batch=4)
+    for _ in range(200):
+        loader.next(4)
+    path = tmp_path / "train/shard_00000.bin"
+    with path.open("ab") as file:  # longer: cut short, its last page could be read first
+        file.write(bytes(2))
+    with pytest.raises(DataChangedError, match="changed since it was mapped") as caught:
+        until_it_fails(loader.next)
+    assert caught.value.exit_code == 3
+
+
+def test_a_mapped_file_that_was_replaced_is_still_there(write_dataset, tmp_path):
+    tokens = corpus("mmap", tmp_path, write=write_dataset)
+    plain, mapped = (TokenLoader(t, 16, seed=5, global_batch=4) for t in (corpus(), tokens))
+    path = tmp_path / "train/shard_00000.bin"
+    (tmp_path / "new").write_bytes(bytes(100))
+    os.replace(tmp_path / "new", path)
+    for _ in range(200):
+        assert np.array_equal(mapped.next(4)[0], plain.next(4)[0])
+
+
 @pytest.mark.parametrize("io", ["mmap", "pread", "ram"])
 @pytest.mark.parametrize("width", [2, 4])
 def test_every_way_to_reach_a_file_gives_the_same(write_dataset, tmp_path, io, width):

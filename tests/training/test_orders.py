@@ -72,3 +72,20 @@ def test_a_mixture_beside_another_source_is_refused(dataset, capsys) -> None:
     flags = mixed(toy=1)
     assert main(["train", "--model_name", "m", *flags, "--dataset_dir", "data/toy"]) == 2
     assert "mixture names the datasets of the whole run" in capsys.readouterr().err
+
+
+def test_every_byte_is_compared_before_training_if_asked(dataset, capsys) -> None:
+    Path("text.txt").write_text("abcdefghijklmnop" * 3000)
+    assert main(["prepare", "text.txt", "--tokenization", "char", "--out_dir", "data/native"]) == 0
+    start = ["train", *SMALL, "--dataset_dir", "data/native", "--verify_data"]
+    assert main([*start, "full", "--model_name", "good"]) == 0
+    assert "compared with their hashes" in capsys.readouterr().err
+    shard = next(Path("data/native/train").iterdir())
+    with shard.open("r+b") as file:
+        file.seek(4096 + 1001)
+        file.write(b"\1")
+    assert main([*start, "full", "--model_name", "bad"]) == 3
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(shard) in error
+    assert "block 0" in error
+    assert not Path("checkpoints/bad").exists()
