@@ -145,14 +145,16 @@ class PyRing {
     ring_.reset();
   }
 
-  // (slot, largest token id); the interpreter can be interrupted while the worker is behind.
-  std::pair<std::size_t, std::uint32_t> take() {
+  // Give back the oldest `back` lent slots and take a batch: (slot, largest token id). The
+  // interpreter can be interrupted while the worker is behind.
+  std::pair<std::size_t, std::uint32_t> take(std::size_t back) {
     using std::chrono::milliseconds;
     if (ring_->is_forked()) {
       throw DataError("a batch in a forked process",
                       "the worker that reads ahead is in the process that was forked",
                       "make the loader after the fork, or without prefetch");
     }
+    if (back) ring_->release(back);
     Ring::Taken taken{};
     if (ring_->take(milliseconds(0), taken)) return {taken.slot, taken.largest};
     while (true) {
@@ -164,7 +166,6 @@ class PyRing {
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
   }
-  void release(std::size_t count) { ring_->release(count); }
   std::uint64_t batches() const { return ring_->batches_taken(); }
   std::uint64_t waits() const { return ring_->times_waited(); }
 
@@ -324,8 +325,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&make_ring), py::keep_alive<1, 2>(), py::arg("reader"), py::arg("first"),
            py::arg("global_batch"), py::arg("share"), py::arg("rows"), py::arg("slots"),
            py::arg("low_water"))
-      .def("take", &PyRing::take)
-      .def("release", &PyRing::release, py::arg("count"))
+      .def("take", &PyRing::take, py::arg("back") = 0)
       .def_property_readonly("batches", &PyRing::batches)
       .def_property_readonly("waits", &PyRing::waits);
 }

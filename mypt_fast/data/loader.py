@@ -180,9 +180,12 @@ class TokenLoader:
         """A batch from the worker; None within a step that it was not set to from the start."""
         first, following = self._ask(rows)
         ahead = self._ahead
-        if ahead is None or (self._ahead_at, ahead.narrow, ahead.next_rows) != (
-            first, narrow, rows,
-        ):  # fmt: skip
+        if (
+            ahead is None
+            or self._ahead_at != first
+            or ahead.narrow is not narrow
+            or ahead.next_rows != rows
+        ):
             self._stop_ahead()
             if self._taken:
                 return None

@@ -68,6 +68,9 @@ class Prefetch:
             int64.
         slots: batches in flight; what the device still reads and what waits are among them.
         allocate: makes an array of a shape and dtype, such as in page-locked memory.
+
+    Attributes:
+        next_rows: of the batch that is taken next.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Prefetch:
         module, problem = native_module()
         if module is None:
             raise RuntimeError(problem)
-        rows = min(plan.rows, plan.share)
+        rows = plan.rows
         kinds: list[tuple[int, DTypeLike]] = [(seq_len, np.int64), (seq_len, np.int64)]
         if narrow:
             kinds = [(seq_len + 1, np.uint16 if reader.width == 2 else np.uint32)]
@@ -93,10 +96,11 @@ class Prefetch:
         self._short = [tuple(a[:rest] for a in slot) for slot in arrays] if rest else arrays
         self._batches_a_step = -(-plan.share // rows)
         self._batch = 0  # within the step
+        self._last_rows = rest or rows
+        self.next_rows = rows if self._batches_a_step > 1 else self._last_rows
         self._lent: deque[Gate | None] = deque()
-        low_water = max(1, min(3, slots - 2)) if slots > 2 else 1
         self._ring = module.Ring(
-            reader, plan.first, plan.global_batch, plan.share, rows, arrays, low_water
+            reader, plan.first, plan.global_batch, plan.share, rows, arrays, max(1, slots // 4)
         )
 
     def take(self) -> tuple[tuple[Array, ...], int]:
@@ -105,26 +109,18 @@ class Prefetch:
         Raises:
             DataError, IntegrityError: what the worker met, after the batches before it.
         """
-        lent = self._lent
+        lent, back = self._lent, 0
         while lent and ((gate := lent[0]) is None or gate.query()):
             lent.popleft()
-            self._ring.release(1)
+            back += 1
         if len(lent) == len(self._whole) and (gate := lent.popleft()) is not None:
             gate.synchronize()
-            self._ring.release(1)
-        slot, largest = self._ring.take()
+            back += 1
+        slot, largest = self._ring.take(back)
         lent.append(None)
-        self._batch += 1
-        if self._batch == self._batches_a_step:
-            self._batch = 0
-            return self._short[slot], largest
-        return self._whole[slot], largest
-
-    @property
-    def next_rows(self) -> int:
-        """Rows of the batch that is taken next."""
-        is_last = self._batch + 1 == self._batches_a_step
-        return len((self._short if is_last else self._whole)[0][0])
+        self._batch = done = (self._batch + 1) % self._batches_a_step
+        self.next_rows = self._last_rows if done + 1 == self._batches_a_step else self.plan.rows
+        return (self._whole if done else self._short)[slot], largest
 
     def hold(self, gate: Gate) -> None:
         """Keep the batch taken last until `gate` opens."""

@@ -23,7 +23,7 @@ from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training.feed import pinned
 
-PREFETCH = 8  # batches
+PREFETCH = 32  # batches
 MAX_TOKENIZER_BYTES = 64 << 20
 Corpora = tuple[TokenCorpus, TokenCorpus]  # train, val
 

@@ -203,6 +203,7 @@ def test_a_mapped_file_that_changed_is_found_before_long(write_dataset, tmp_path
 def test_a_mapped_file_that_was_replaced_is_still_there(write_dataset, tmp_path):
     tokens = corpus("mmap", tmp_path, write=write_dataset)
     plain, mapped = (TokenLoader(t, 16, seed=5, global_batch=4) for t in (corpus(), tokens))
+    assert np.array_equal(mapped.next(4)[0], plain.next(4)[0])  # opened now, not before
     path = tmp_path / "train/shard_00000.bin"
     (tmp_path / "new").write_bytes(bytes(100))
     os.replace(tmp_path / "new", path)
@@ -317,7 +318,7 @@ def test_control_c_reaches_a_consumer_that_waits(native):
         ring.take()
     thread.join()
     with pytest.raises(ValueError, match="more slots are given back"):
-        ring.release(3)
+        ring.take(3)
 
 
 def test_arguments_that_cannot_be(write_dataset, tmp_path):

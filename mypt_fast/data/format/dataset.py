@@ -12,8 +12,11 @@ without a "dtype" MyPT's tokens are uint32, as MyPT writes them.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +150,10 @@ def _locate(dataset_dir: Path, split: Split, metadata: dict[str, Any]) -> Place:
         found = find_folders(split_dir, names)
         if found is not None:
             return Place("episodes", found.paths, notice=found.notice)
-    paths = [split_dir / name for name in names if _is_tokens(name)]
+    # iterdir, because `split_dir / name` parses: of 10,000 files a third of the time to open them
+    paths = sorted(
+        (path for path in split_dir.iterdir() if _is_tokens(path.name)), key=lambda path: path.name
+    )
     masks = sum(name.endswith("_mask.bin") for name in names)
     notice = f"not read: {masks} *_mask.bin in {split}/" if masks else ""
     if declared:
@@ -204,7 +210,8 @@ def _open_all(
     width = WIDTHS[metadata.get("dtype", "uint16" if place.format == "nanogpt" else "uint32")]
     vocab_size = metadata.get("vocab_size") or 0
     if place.format == "native":
-        return _open_natives(place, recorded)
+        with _uncollected():
+            return _open_natives(place, recorded)
     shards = []
     for path in place.paths:
         label = path.name if place.flat else ""
@@ -226,13 +233,26 @@ def _open_all(
     return shards
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector: of 10,000 shards everything is kept, and it would look thrice."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Shard]:
     """Open native shards; the tables of the first ones are hashed, as many as take little time."""
     shards, budget = [], native_file.TABLES_AT_OPEN
+    prefix = "" if place.flat or not place.paths else f"{place.paths[0].parent.name}/"
     for path in place.paths:
         name = path.name
         digest = recorded[name].get("xxh3_128", "") if recorded else ""
-        label = name if place.flat else ""
+        label = prefix + name
         shard, read = native_file.open_native(path, label, budget, digest)
         if recorded and recorded[name]["tokens"] != shard.n_tokens:
             _check_recorded(shard, recorded)
