@@ -235,7 +235,7 @@ def _open_all(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Pause the garbage collector: of 10,000 shards everything is kept, and it would look thrice."""
+    """Pause the garbage collector: of ten thousand shards everything is kept."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
