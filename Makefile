@@ -54,9 +54,10 @@ sanitize: $(READY)  ## the loader's tests under the address, undefined and threa
 sanitize-run:
 	MYPT_SANITIZE=$(KIND) MYPT_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \
 	  --build-lib build/$(LIBRARY) --build-temp build/$(LIBRARY).o
-	LD_PRELOAD="$$(g++ -print-file-name=$(LIBRARY)) $$(g++ -print-file-name=libstdc++.so)" PYTHONPATH=build/$(LIBRARY) OMP_NUM_THREADS=1 \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=exitcode=66 \
-	  MYPT_SANITIZED=$(KIND) $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=$(LIBRARY)) $$(g++ -print-file-name=libstdc++.so)" \
+	  PYTHONPATH=build/$(LIBRARY):$(CURDIR) OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=exitcode=66 \
+	  $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
 
 test-gpu: $(READY)  ## the same kernel tests, compiled, on a GPU
 	$(BIN)/python -m pytest -q -m gpu
