@@ -115,8 +115,9 @@ void Ring::fill_here() {
 
 bool Ring::take(std::chrono::milliseconds patience, Taken& taken) {
   if (full() == 0) {
+    if (patience.count() == 0 && !failed_) return false;
     std::unique_lock<std::mutex> lock(mutex_);
-    if (patience.count() > 0) ++waits_;
+    ++waits_;
     consumer_sleeps_ = true;
     const auto there = [this] { return failed_ || full() > 0; };
     const bool came = consumer_wakes_.wait_for(lock, patience, there);

@@ -141,6 +141,8 @@ class DataOpener:
         s = self.settings
         train = self._loader(corpora[0], s.train.seed, s.global_batch, is_training=True)
         self.loader_note = corpora[0].backend_note
+        if corpora[0].io == "pread":
+            self.loader_note += ", read ahead from disk"
         if s.train.documents != "concat":
             self.loader_note += f"; documents: {s.train.documents}"
         return Phase(name, until, train, self._eval_loader(corpora[1]), source)

@@ -2,9 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mypt_fast.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +57,19 @@ def dataset(tmp_path):
         return _write_dataset(tmp_path, sizes, **kwargs)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return Tokenizer.gpt2()
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Sixty small documents with line ends, spaces and Unicode that cleaning would change."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(60):
+        text = f"Document {n}\r\n\r\n  It's  MIXED   case, café 漢😀\t{'x' * n}\n\n"
+        (folder / f"{n:02d}.txt").write_bytes(text.encode())
+    return folder

@@ -1,108 +1,29 @@
-"""Preparing datasets: what is written, how it is split, and that it is whole or absent."""
+"""Text to tokens: every document, byte for byte, in both splits."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import os
-import socket
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
-from plain_shards import read_native, tokens
+from plain_shards import tokens
+from prepared import EOT, build, check_whole, originals
 
-from mypt_fast import publish
-from mypt_fast.data import documents, encoding, prepare
-from mypt_fast.data.prepare import PrepareOptions, ensure_demo_dataset
+from mypt_fast.data import documents, encoding
+from mypt_fast.data.prepare import ensure_demo_dataset
 from mypt_fast.errors import DataError, IntegrityError
 from mypt_fast.tokenizer import Tokenizer
-
-EOT = 50256
-
-
-def build(out: Path, *inputs: Path | str, **options: Any) -> dict[str, Any]:
-    return prepare.prepare(PrepareOptions(out, tuple(map(str, inputs)), **options))
 
 
 def split_at(ids: np.ndarray, end: int = EOT) -> list[list[int]]:
     ends = np.flatnonzero(ids == end)
     assert ends[-1] == len(ids) - 1
     return [part[:-1].tolist() for part in np.split(ids, ends[:-1] + 1)]
-
-
-@pytest.fixture(scope="module")
-def gpt2() -> Tokenizer:
-    return Tokenizer.gpt2()
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """Sixty small documents with line ends, spaces and Unicode that cleaning would change."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for n in range(60):
-        text = f"Document {n}\r\n\r\n  It's  MIXED   case, café 漢😀\t{'x' * n}\n\n"
-        (folder / f"{n:02d}.txt").write_bytes(text.encode())
-    return folder
-
-
-def originals(folder: Path) -> list[str]:
-    return [path.read_bytes().decode() for path in sorted(folder.iterdir())]
-
-
-def check_whole(out: Path, metadata: dict[str, Any]) -> None:
-    """Every promise of the metadata holds for the files."""
-    assert json.loads((out / "dataset_metadata.json").read_text()) == metadata
-    assert sorted(os.listdir(out)) == [
-        "dataset_metadata.json",
-        "tokenizer_state.json",
-        "train",
-        "val",
-    ]
-    for split in ("train", "val"):
-        shards = [s for s in metadata["shards"] if s["name"].startswith(f"{split}/")]
-        assert [s["name"] for s in shards] == [
-            f"{split}/shard_{n:05d}.bin" for n in range(len(shards))
-        ]
-        assert len(os.listdir(out / split)) == len(shards) == metadata[f"{split}_shards"]
-        for shard in shards:
-            check_shard(out, shard, metadata)
-        sizes = [shard["tokens"] for shard in shards]
-        assert all(size == metadata["tokens_per_shard"] for size in sizes[:-1])
-        assert sum(sizes) == metadata[f"num_{split}_tokens"] > 0
-    everything = np.concatenate([tokens(out, "train"), tokens(out, "val")])
-    assert metadata["total_tokens"] == len(everything)
-    assert metadata["max_token"] == everything.max() < metadata["vocab_size"]
-
-
-def check_shard(out: Path, shard: dict[str, Any], metadata: dict[str, Any]) -> None:
-    path = out / shard["name"]
-    if metadata["format"] == "mypt":
-        assert metadata["dtype"] == "uint32"
-        assert path.stat().st_size == 4 * shard["tokens"]
-        assert xxhash.xxh3_128_hexdigest(path.read_bytes()) == shard["xxh3_128"]
-        return
-    found = read_native(path)
-    assert found.header["n_tokens"] == shard["tokens"]
-    assert found.header["payload_hash"].hex() == shard["xxh3_128"]
-    assert found.header["vocab_size"] == metadata["vocab_size"]
-    assert metadata["dtype"] == found.tokens.dtype.name == "uint16"
-    state = json.loads((out / "tokenizer_state.json").read_text())
-    canonical = json.dumps(state, sort_keys=True, separators=(",", ":")).encode()
-    assert found.header["tokenizer"] == hashlib.sha256(canonical).digest()
-    eot = Tokenizer.from_state(state).eot_id
-    if eot is not None and not metadata["options"]["no_eot"]:
-        assert found.header["eot_id"] == eot
-        expected = (np.flatnonzero(found.tokens == eot) + 1).tolist()
-        if not expected or expected[-1] != shard["tokens"]:
-            expected.append(shard["tokens"])  # the last document goes on in the next shard
-        assert found.ends == expected
 
 
 @pytest.mark.parametrize("format_", ["native", "mypt"])
@@ -322,185 +243,6 @@ def test_neither_split_is_ever_empty(tmp_path: Path, fraction: float, words: int
     (tmp_path / "a.txt").write_text(" word" * words)
     metadata = build(tmp_path / "out", tmp_path / "a.txt", val_fraction=fraction)
     check_whole(tmp_path / "out", metadata)
-
-
-# --- whole or absent
-
-
-def test_an_interrupted_run_leaves_nothing_behind(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = 0
-
-    def progress(phase: str, done: int, total: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 30:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(PrepareOptions(tmp_path / "out", (str(texts),)), progress)
-    assert os.listdir(tmp_path) == ["texts"]
-
-
-def test_an_interrupted_replacement_keeps_the_old_dataset(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = build(tmp_path / "out", texts)
-
-    def fail(path: Path, value: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare, "write_json", fail)
-    with pytest.raises(DataError, match=r"--out_dir .*No space left on device.*make room"):
-        build(tmp_path / "out", texts, tokens_per_shard=50)
-    check_whole(tmp_path / "out", before)
-    assert sorted(os.listdir(tmp_path)) == ["out", "texts"]
-
-
-@pytest.mark.parametrize("has_exchange", [True, False])
-def test_a_replacement_that_fails_at_the_last_step_puts_the_old_dataset_back(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
-) -> None:
-    before = build(tmp_path / "out", texts)
-    rename = os.rename
-
-    def fail_to_publish(source: Path, target: Path) -> None:
-        if ".tmp-" in source.name:
-            raise PermissionError(13, "Permission denied")
-        rename(source, target)
-
-    def refuse(a: Path, b: Path) -> bool:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("os.rename", fail_to_publish)
-    monkeypatch.setattr(publish, "_exchange", refuse if has_exchange else lambda a, b: False)
-    with pytest.raises(DataError, match="Permission denied"):
-        build(tmp_path / "out", texts, tokens_per_shard=50)
-    check_whole(tmp_path / "out", before)
-    assert sorted(os.listdir(tmp_path)) == ["out", "texts"]
-
-
-def test_a_linked_output_directory_is_followed(texts: Path, tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "disk")
-    check_whole(tmp_path / "disk", build(tmp_path / "out", texts))
-    assert (tmp_path / "out").is_symlink()
-
-
-def test_what_a_killed_run_left_is_removed_and_a_half_replacement_undone(
-    texts: Path, tmp_path: Path
-) -> None:
-    before = build(tmp_path / "out", texts)
-    here = socket.gethostname()
-    os.rename(tmp_path / "out", tmp_path / f".out.old-{here}-999999999")
-    left = [f".out.tmp-{here}-1", ".out.tmp-elsewhere-999999999", ".other.tmp-999999999"]
-    for name in (*left, f".out.tmp-{here}-999999999"):
-        (tmp_path / name).mkdir()  # of a living process, another machine, another dataset
-    with pytest.raises(DataError, match="other inputs"):
-        build(tmp_path / "out", texts / "01.txt")
-    check_whole(tmp_path / "out", before)
-    assert build(tmp_path / "out", texts) == before
-    check_whole(tmp_path / "out", before)
-    assert sorted(os.listdir(tmp_path)) == sorted([*left, "out", "texts"])
-
-
-def test_other_inputs_need_overwrite_and_the_same_do_not(texts: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    first = build(out, texts)
-    assert build(out, texts) == first
-    assert build(out, texts, tokens_per_shard=100)["train_shards"] > 1
-    (texts / "new.txt").write_text("more")
-    with pytest.raises(DataError, match=r"other inputs.*--overwrite"):
-        build(out, texts)
-    assert build(out, texts, overwrite=True)["num_files"] == 61
-    check_whole(out, build(out, texts))
-
-
-@pytest.mark.parametrize("foreign", ["notes.txt", "dataset_metadata.json", "train/shard_00000.bin"])
-def test_a_directory_that_is_no_dataset_of_ours_is_never_replaced(
-    texts: Path, tmp_path: Path, foreign: str
-) -> None:
-    path = tmp_path / "out" / foreign
-    path.parent.mkdir(parents=True)
-    path.write_text("{}")
-    with pytest.raises(DataError, match="no dataset of ours"):
-        build(tmp_path / "out", texts, overwrite=True)
-    assert path.read_text() == "{}"
-
-
-def test_a_dataset_with_a_strangers_file_is_not_replaced(texts: Path, tmp_path: Path) -> None:
-    build(tmp_path / "out", texts)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"notes\.txt, no part of a dataset"):
-        build(tmp_path / "out", texts, overwrite=True)
-
-
-def test_an_empty_directory_is_filled(texts: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    check_whole(tmp_path / "out", build(tmp_path / "out", texts))
-
-
-# --- what cannot be used
-
-
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        ({"tokenization": "word"}, "--tokenization word"),
-        ({"format": "parquet"}, "--format parquet"),
-        ({"encoder": "fastest"}, "--encoder fastest"),
-        ({"val_fraction": 0.0}, "--val_fraction 0.0"),
-        ({"val_fraction": 1.0}, "--val_fraction 1.0"),
-        ({"val_fraction": float("nan")}, "--val_fraction nan"),
-        ({"tokens_per_shard": 0}, "--tokens_per_shard 0"),
-        ({"workers": 0}, "--workers 0"),
-        ({"demo": True}, "--demo"),
-        ({"tokenization": "bpe", "vocab_size": 10}, "--vocab_size 10"),
-    ],
-)
-def test_impossible_options_are_one_error(
-    texts: Path, tmp_path: Path, options: dict[str, Any], found: str
-) -> None:
-    with pytest.raises(DataError, match=found):
-        build(tmp_path / "out", texts, **options)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("tokenization", ["gpt2", "char", "bpe"])
-@pytest.mark.parametrize("kind", ["empty", "cleaned"])
-def test_inputs_without_text_are_refused(tmp_path: Path, tokenization: str, kind: str) -> None:
-    (tmp_path / "a.txt").write_text("" if kind == "empty" else "short\n")
-    with pytest.raises(DataError, match="fewer than two tokens"):
-        build(
-            tmp_path / "out",
-            tmp_path / "a.txt",
-            tokenization=tokenization,
-            mypt_clean=kind == "cleaned",
-        )
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_binary_junk_and_bad_rows_stop_the_run_and_name_the_place(
-    texts: Path, tmp_path: Path
-) -> None:
-    (texts / "99.txt").write_bytes(b"text \0 more")
-    with pytest.raises(DataError, match=r"99\.txt; has a NUL byte at byte 5"):
-        build(tmp_path / "out", texts)
-    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
-    with pytest.raises(DataError, match=r"x\.jsonl line 2; has no field 'text'"):
-        build(tmp_path / "out", tmp_path / "x.jsonl")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_cannot_be_written_is_one_error(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--out_dir /proc/nowhere/x"):
-        build(Path("/proc/nowhere/x"), texts)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="not a directory"):
-        build(tmp_path / "file", texts)
-    with pytest.raises(DataError, match=r"--out_dir .*file/x"):
-        build(tmp_path / "file" / "x", texts)
 
 
 # --- the demo
