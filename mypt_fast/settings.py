@@ -33,8 +33,9 @@ class DataConfig:
     )
     verify_data: str = opt(
         "open",
-        "what is compared with its hash before training; open: headers and indexes; full: all",
-        choices=("open", "full"),
+        "what is compared with its hash before training; open: headers and indexes; full: all; "
+        "skip: all, and damaged shards are left out",
+        choices=("open", "full", "skip"),
     )
     eval_dataset_dir: str | None = opt(None, "a further validation set, logged as eval_general")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +73,7 @@ class TokenCorpus:
         split: Split,
         backend: str = "auto",
         io: str = "auto",
+        without: Collection[Path] = (),
     ) -> TokenCorpus:
         """Open one split of datasets, one after another; their shards are checked first.
 
@@ -85,10 +86,23 @@ class TokenCorpus:
                 systems, and for files that are not in the page cache: it asks the disk for the
                 next batches' windows and holds none of the file. "ram" copies it all. "auto"
                 chooses one of the first two.
+            without: shards to leave out; another corpus, with another fingerprint.
+
+        Raises:
+            DataError: nothing is there, or nothing is left.
+            IntegrityError: a file is not what its size, its header or the metadata says.
         """
         if io not in IO:
             raise ValueError(f"io is one of {', '.join(IO)}, not {io!r}")
         sources = [open_split(Path(folder), split) for folder in dataset_dirs]
+        if without:
+            sources = [[s for s in source if s.path not in without] for source in sources]
+            if not all(sources):
+                raise DataError(
+                    f"{split} split of {', '.join(map(str, dataset_dirs))}",
+                    "every shard is left out",
+                    "copy the files again, or prepare the dataset again",
+                )
         shards = [shard for source in sources for shard in source]
         corpus = cls(
             f"{split} split of {', '.join(map(str, dataset_dirs))}",

@@ -12,6 +12,7 @@ import torch
 
 from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
+from mypt_fast.data.format import Split
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.mixture import MixtureOrder
 from mypt_fast.data.order import SampleStream
@@ -57,6 +58,7 @@ class DataOpener:
         device: torch.device,
     ) -> None:
         self._on_gpu = device.type == "cuda"
+        self._damaged: set[Path] = set()  # shards to leave out
         self.settings, self.notices, self.progress = settings, notices, progress
         self.loader_note = ""
         self.eot_id: int | None = None  # of the run's tokenizer
@@ -118,9 +120,7 @@ class DataOpener:
         self._fit_vocabulary(tokenizer, folders[0])
         for folder in folders:
             self._same_tokenizer(tokenizer, folder)
-        corpora = (
-            TokenCorpus.from_datasets(folders, "train"), TokenCorpus.from_datasets(folders, "val"),
-        )  # fmt: skip
+        corpora = self._corpus(folders, "train"), self._corpus(folders, "val")
         data.dataset_dir = folders[0]
         source = ", ".join(f"{folder} ({share:g})" for folder, share in shares.items())
         phases = [self._phase("train", None, corpora, source)]
@@ -134,7 +134,7 @@ class DataOpener:
         loaders: dict[str, Loader] = {}
         for name, folder in named.items():
             self._same_tokenizer(tokenizer, folder)
-            loaders[name] = self._eval_loader(TokenCorpus.from_dataset(folder, "val"))
+            loaders[name] = self._eval_loader(self._corpus([folder], "val"))
         return loaders
 
     def _phase(self, name: str, until: int | None, corpora: Corpora, source: str) -> Phase:
@@ -186,20 +186,29 @@ class DataOpener:
 
     def _verify(self, folder: str) -> None:
         """Read every byte of a dataset that is about to be trained on, if that was asked."""
-        if self.settings.data.verify_data != "full":
+        if self.settings.data.verify_data == "open":
             return
-        from mypt_fast.data.format.verify import verify_dataset
+        from mypt_fast.data.format import verify
+        from mypt_fast.data.format.source import open_source
 
-        report = verify_dataset(Path(folder))
+        source = open_source(Path(folder))
+        if self.settings.data.verify_data == "skip":
+            for shard, error in verify.damaged_shards(source):
+                self._damaged.add(shard.path)
+                self.notices.append(f"left out, {shard.n_tokens:,} tokens: {error}")
+            return
+        report = verify.verify_source(source)
         without = f"; no hash is recorded for {len(report.unhashed)} shard(s)"
         self.notices.append(
             f"{folder}: {report.bytes_read / 1e9:.2f} GB compared with their hashes in "
             f"{report.seconds:.1f} s{without * bool(report.unhashed)}"
         )
 
+    def _corpus(self, folders: list[str], split: Split) -> TokenCorpus:
+        return TokenCorpus.from_datasets(folders, split, without=self._damaged)
+
     def _dataset(self, folder: str) -> Corpora:
-        path = Path(folder)
-        return TokenCorpus.from_dataset(path, "train"), TokenCorpus.from_dataset(path, "val")
+        return self._corpus([folder], "train"), self._corpus([folder], "val")
 
     def _demo(self) -> str:
         from mypt_fast.data.prepare import ensure_demo_dataset

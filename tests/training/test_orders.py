@@ -74,18 +74,47 @@ def test_a_mixture_beside_another_source_is_refused(dataset, capsys) -> None:
     assert "mixture names the datasets of the whole run" in capsys.readouterr().err
 
 
-def test_every_byte_is_compared_before_training_if_asked(dataset, capsys) -> None:
+@pytest.fixture
+def damaged(dataset) -> Path:
+    """A native dataset of which one shard of several has a wrong byte; returns the shard."""
     Path("text.txt").write_text("abcdefghijklmnop" * 3000)
-    assert main(["prepare", "text.txt", "--tokenization", "char", "--out_dir", "data/native"]) == 0
-    start = ["train", *SMALL, "--dataset_dir", "data/native", "--verify_data"]
-    assert main([*start, "full", "--model_name", "good"]) == 0
-    assert "compared with their hashes" in capsys.readouterr().err
-    shard = next(Path("data/native/train").iterdir())
+    flags = ["--tokenization", "char", "--tokens_per_shard", "10000", "--out_dir", "data/native"]
+    assert main(["prepare", "text.txt", *flags]) == 0
+    shard = Path("data/native/train/shard_00001.bin")
     with shard.open("r+b") as file:
         file.seek(4096 + 1001)
         file.write(b"\1")
-    assert main([*start, "full", "--model_name", "bad"]) == 3
+    return shard
+
+
+def native(name: str, verify: str) -> list[str]:
+    flags = ["--dataset_dir", "data/native", "--model_name", name, "--verify_data", verify]
+    return ["train", *SMALL, *flags]
+
+
+def test_every_byte_is_compared_before_training_if_asked(damaged, capsys) -> None:
+    assert main(native("a", "full")) == 3
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(shard) in error
+    assert str(damaged) in error
     assert "block 0" in error
-    assert not Path("checkpoints/bad").exists()
+    assert not Path("checkpoints/a").exists()
+    damaged.unlink()
+    assert main(native("a", "full")) == 3  # a file that is gone is no smaller fault
+    assert "missing" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_can_be_left_out_and_the_run_knows(damaged, capsys) -> None:
+    assert main(native("a", "skip")) == 0
+    said = capsys.readouterr()
+    assert f"left out, 10,000 tokens: shard {damaged}" in said.out + said.err
+    assert main(["train", "--model_name", "a", "--max_iters", "14"]) == 0
+    assert position("a") == 14 * 8
+    again = ["train", "--model_name", "a", "--max_iters", "16", "--verify_data", "open"]
+    assert main(again) == 2  # with the shard it is another dataset
+    assert "fingerprint" in capsys.readouterr().err
+    for shard in Path("data/native/train").iterdir():
+        with shard.open("r+b") as file:
+            file.seek(4096 + 100)
+            file.write(b"\1")
+    assert main(native("b", "skip")) == 2
+    assert "every shard is left out" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from mypt_fast.errors import (
     DataChangedError,
     DataError,
     FormatError,
+    IntegrityError,
     TokenRangeError,
 )
 
@@ -89,6 +90,23 @@ def verify_source(source: Source, full: bool = True, workers: int | None = None)
             pool.shutdown(cancel_futures=True)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def damaged_shards(
+    source: Source, workers: int | None = None
+) -> list[tuple[Shard, IntegrityError | TokenRangeError]]:
+    """Read every byte; return the shards that are not what was written, and what is wrong."""
+
+    def problem(shard: Shard, digest: str) -> IntegrityError | TokenRangeError | None:
+        try:
+            verify_shard(shard, digest)
+        except (IntegrityError, TokenRangeError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(problem, source.shards, source.recorded_digests()))
+    return [(s, p) for s, p in zip(source.shards, problems, strict=True) if p is not None]
 
 
 def verify_shard(shard: Shard, digest: str = "", full: bool = True) -> tuple[int, int]:
