@@ -35,7 +35,7 @@ class BatchSource {
   // the largest token id. What a thread needs on the way is kept in `work`, its own.
   struct Work {
     std::vector<std::uint64_t> starts;
-    std::vector<std::byte> scratch;
+    Scratch scratch;
   };
   std::uint32_t read(std::uint64_t first, const Batch& batch, std::uint64_t next, bool advised,
                      Work& work) const {

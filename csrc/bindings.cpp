@@ -27,14 +27,17 @@ using namespace mypt::data;
 
 namespace {
 
-using SpecTuple = std::tuple<std::string, int, std::uint64_t, std::uint64_t, std::uint64_t>;
+using IdentityTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t>;
+using SpecTuple = std::tuple<std::string, int, std::uint64_t, std::uint64_t, std::uint64_t,
+                             IdentityTuple>;
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
 
 std::shared_ptr<Corpus> open_corpus(const std::vector<SpecTuple>& shards, const std::string& io) {
   py::gil_scoped_release unlocked;
   auto corpus = std::make_shared<Corpus>(io_from_name(io));
-  for (const auto& [path, width, n_tokens, offset, file_size] : shards) {
-    corpus->add_file({path, width, n_tokens, offset, file_size});
+  for (const auto& [path, width, n_tokens, offset, file_size, identity] : shards) {
+    const auto& [device, inode, changed_ns] = identity;
+    corpus->add_file({path, width, n_tokens, offset, file_size, {device, inode, changed_ns}});
   }
   return corpus;
 }
@@ -189,8 +192,24 @@ std::uint32_t gather_starts(const Corpus& corpus, const std::vector<std::uint64_
   if (starts.size() != batch.rows) throw std::invalid_argument("one start per row is needed");
   const Kernel chosen = kernel_from_name(kernel);
   py::gil_scoped_release unlocked;
-  std::vector<std::byte> scratch;
+  Scratch scratch;
   return gather(corpus, starts.data(), 0, false, batch, chosen, scratch);
+}
+
+// The tokens [start, start + count) as uint16 or uint32, as wide as the corpus is.
+py::array corpus_span(const Corpus& corpus, std::uint64_t start, std::uint64_t count) {
+  const auto size = static_cast<py::ssize_t>(count);
+  if (!corpus.contains(start, count)) throw std::out_of_range("the tokens leave the corpus");
+  const bool is_wide = corpus.width() == 4;
+  py::array out = is_wide ? py::array(py::array_t<std::uint32_t>(size))
+                          : py::array(py::array_t<std::uint16_t>(size));
+  if (count == 0) return out;
+  const Batch row{nullptr, nullptr, static_cast<std::byte*>(out.mutable_data()),
+                  corpus.width(), 1, static_cast<std::size_t>(count) - 1};
+  py::gil_scoped_release unlocked;
+  Scratch scratch;
+  gather(corpus, &start, 0, true, row, best_kernel(), scratch);
+  return out;
 }
 
 py::array_t<std::int64_t> to_array(const std::vector<std::uint64_t>& values) {
@@ -274,6 +293,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Corpus, std::shared_ptr<Corpus>>(m, "Corpus")
       .def_static("open", open_corpus, py::arg("shards"), py::arg("io") = "mmap")
       .def_static("wrap", wrap_tokens, py::arg("tokens"), py::keep_alive<0, 1>())
+      .def("span", corpus_span, py::arg("start"), py::arg("count"))
       .def_property_readonly("n_tokens", &Corpus::n_tokens);
 
   py::class_<Permutation>(m, "Permutation")

@@ -1,5 +1,7 @@
 #include "corpus.h"
 
+#include <unistd.h>
+
 #include <limits>
 #include <stdexcept>
 #include <utility>
@@ -16,10 +18,11 @@ namespace {
 // Positions are handed to Python and to int64 arrays, so they stay below 2^63.
 constexpr std::uint64_t kMaxTokens = std::numeric_limits<std::int64_t>::max();
 constexpr std::uint64_t kCacheLine = 64;
-constexpr std::size_t kMaxOpen = 256;  // of the 1024 files that a process may usually have open
+// Of the 1024 files that a process may usually have open: there may be a corpus for every phase.
+constexpr std::size_t kMaxOpen = 64;
 // A fault maps up to 16 pages around it.
 constexpr std::uint64_t kBytesAFault = 64 << 10;
-constexpr std::uint64_t kCallsACheck = 64;  // a check takes a microsecond, a batch a few
+constexpr std::uint64_t kCallsACheck = 16;  // a check takes a microsecond, a batch a few
 constexpr std::uint64_t kMaxMapped = std::uint64_t{512} << 20;
 
 void check_width(int width) {
@@ -29,6 +32,14 @@ void check_width(int width) {
 }
 
 }  // namespace
+
+Corpus::Corpus(Io io) : io_(io), process_(::getpid()) {}
+
+void Corpus::check_process() const {
+  if (process_ == ::getpid()) return;
+  throw DataError("a batch in a forked process", "the data was opened before the fork",
+                  "open it after the fork");
+}
 
 void Corpus::add_file(const ShardSpec& spec) {
   check_width(spec.width);
@@ -44,7 +55,7 @@ void Corpus::add_file(const ShardSpec& spec) {
                              std::to_string(spec.offset),
                          "prepare the dataset again");
   }
-  auto file = std::make_unique<ShardFile>(spec.path, spec.file_size, io_);
+  auto file = std::make_unique<ShardFile>(spec.path, spec.file_size, spec.identity, io_);
   if (io_ == Io::kMemory) file->data();
   file_bytes_ += spec.file_size;
   add({std::move(file), nullptr, spec.n_tokens, spec.offset, spec.width});
@@ -70,12 +81,11 @@ void Corpus::add(Shard shard) {
 }
 
 const std::byte* Corpus::read(Shard& shard, std::size_t index, std::uint64_t at,
-                              std::uint64_t count, std::vector<std::byte>& scratch) const {
+                              std::uint64_t count, Scratch& scratch) const {
   const auto bytes = static_cast<std::size_t>(count * static_cast<std::uint64_t>(shard.width));
-  if (scratch.size() < bytes) scratch.resize(bytes);
-  shard.file->read(at, bytes, scratch.data());
+  shard.file->read(at, bytes, scratch);
   note_open(index);
-  return scratch.data();
+  return scratch.bytes.data();
 }
 
 void Corpus::note_open(std::size_t index) const {
@@ -108,11 +118,11 @@ void Corpus::prefetch(std::uint64_t start, std::uint64_t count) const {
   for (std::uint64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(tokens + i);
 }
 
-void Corpus::touched(std::uint64_t windows) const {
+void Corpus::touched(std::uint64_t windows, std::uint64_t token) const {
   if (io_ != Io::kMap) return;
   const std::uint64_t call = calls_.fetch_add(1, std::memory_order_relaxed);
-  if (call % kCallsACheck == 0 && !shards_.empty()) {
-    Shard& shard = shards_[call / kCallsACheck % shards_.size()];
+  if (call % kCallsACheck == 0) {
+    Shard& shard = shards_[shard_of(token)];
     if (shard.file) shard.file->check();
   }
   if (file_bytes_ <= kMaxMapped) return;

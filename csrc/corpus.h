@@ -30,11 +30,12 @@ struct ShardSpec {
   std::uint64_t n_tokens;
   std::uint64_t offset;     // bytes before the first token
   std::uint64_t file_size;  // bytes
+  Identity identity;
 };
 
 class Corpus {
  public:
-  explicit Corpus(Io io = Io::kMap) : io_(io) {}
+  explicit Corpus(Io io = Io::kMap);
   Corpus(const Corpus&) = delete;
   Corpus& operator=(const Corpus&) = delete;
 
@@ -63,10 +64,13 @@ class Corpus {
                                     ends_.begin());
   }
 
+  // Throw in a process that was forked from the one that opened this: locks that were held there
+  // stay locked here.
+  void check_process() const;
+
   // The tokens of one shard from `token` on, at most `count` of them. Where they must be read they
   // go to `scratch`, which grows as needed.
-  Span span(std::size_t shard, std::uint64_t token, std::uint64_t count,
-            std::vector<std::byte>& scratch) const {
+  Span span(std::size_t shard, std::uint64_t token, std::uint64_t count, Scratch& scratch) const {
     Shard& s = shards_[shard];
     const std::uint64_t skipped = token - (ends_[shard] - s.n_tokens);
     const std::uint64_t n = std::min(count, s.n_tokens - skipped);
@@ -81,9 +85,10 @@ class Corpus {
   // that is not resident is left alone by a prefetch into the cache.
   void prefetch(std::uint64_t start, std::uint64_t count) const;
 
-  // Under Io::kMap: note that windows were read. Now and then one of the files is checked, and
-  // pages are given back, so that what the process holds does not grow to the size of the data.
-  void touched(std::uint64_t windows) const;
+  // Under Io::kMap: note that windows were read, one of them at `token`. Now and then that file is
+  // checked, and pages are given back, so that what the process holds does not grow to the size of
+  // the data.
+  void touched(std::uint64_t windows, std::uint64_t token) const;
 
  private:
   struct Shard {
@@ -96,10 +101,11 @@ class Corpus {
 
   void add(Shard shard);
   const std::byte* read(Shard& shard, std::size_t index, std::uint64_t at, std::uint64_t count,
-                        std::vector<std::byte>& scratch) const;
+                        Scratch& scratch) const;
   void note_open(std::size_t index) const;
 
   const Io io_;
+  const std::int64_t process_;
   int width_ = 2;
   std::uint64_t file_bytes_ = 0;
   mutable std::deque<Shard> shards_;  // files open themselves when they are first read

@@ -35,7 +35,7 @@ std::uint32_t copy_span(const Token* tokens, std::size_t n, std::size_t done, co
 }
 
 std::uint32_t copy_row(const Corpus& corpus, std::uint64_t start, const Batch& batch,
-                       std::size_t row, const Kernels& kernels, std::vector<std::byte>& scratch) {
+                       std::size_t row, const Kernels& kernels, Scratch& scratch) {
   std::uint32_t largest = 0;
   std::size_t shard = corpus.shard_of(start);
   for (std::size_t done = 0, total = batch.seq_len + 1; done < total; ++shard) {
@@ -58,7 +58,8 @@ std::uint32_t copy_row(const Corpus& corpus, std::uint64_t start, const Batch& b
 
 std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::size_t upcoming,
                      bool advised, const Batch& batch, Kernel kernel,
-                     std::vector<std::byte>& scratch) {
+                     Scratch& scratch) {
+  corpus.check_process();
   const std::size_t known = batch.rows + upcoming;
   const std::uint64_t length = std::uint64_t{batch.seq_len} + 1;
   for (std::size_t i = 0; i < known; ++i) {
@@ -82,7 +83,7 @@ std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::siz
     if (upcoming && row + upcoming < known) corpus.prefetch(starts[row + upcoming], length);
     largest = std::max(largest, copy_row(corpus, starts[row], batch, row, kernels, scratch));
   }
-  corpus.touched(batch.rows);
+  if (batch.rows) corpus.touched(batch.rows, starts[0]);
   return largest;
 }
 

@@ -35,6 +35,6 @@ struct Batch {
 // std::out_of_range before writing anything.
 std::uint32_t gather(const Corpus& corpus, const std::uint64_t* starts, std::size_t upcoming,
                      bool advised, const Batch& batch, Kernel kernel,
-                     std::vector<std::byte>& scratch);
+                     Scratch& scratch);
 
 }  // namespace mypt::data

@@ -53,8 +53,9 @@ void Ring::work() {
   ::sched_setscheduler(0, SCHED_BATCH, &none);
 #endif
   BatchSource::Work work;
+  work.scratch.stop = &stop_;
   try {
-    while (!stop_) {
+    while (!stop_ && !failed_) {
       std::uint64_t k;
       if (!claim(k)) {
         // A wake-up that comes after the last look is kept; one too many is a turn of this loop.

@@ -79,7 +79,9 @@ class Ring {
   void advise(std::uint64_t k, BatchSource::Work& work);
   std::uint64_t full() const noexcept { return filled_.load() - taken_.load(); }
   bool has_free() const noexcept { return filled_.load() - released_.load() < slots_.size(); }
-  bool is_work_due() const noexcept { return has_free() && full() <= low_water_; }
+  bool is_work_due() const noexcept {
+    return claimed_ == filled_ && has_free() && full() <= low_water_;
+  }
   void wake_worker();
 
   const std::shared_ptr<const BatchSource> source_;

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/vfs.h>
@@ -31,7 +32,7 @@ constexpr std::size_t kPiece = std::size_t{8} << 20;  // how much of a file is c
 
 [[noreturn]] void changed(const std::string& path, const std::string& found) {
   throw DataChangedError("shard " + path, found,
-                         "the file changed while it was in use: restore it, or prepare it again");
+                         "stop and start again: a run goes on if its data is the same");
 }
 
 int open_read_only(const std::string& path) {
@@ -51,26 +52,48 @@ std::int64_t changed_ns(const struct stat& info) {
   return std::int64_t{when.tv_sec} * 1'000'000'000 + when.tv_nsec;
 }
 
-// Reads count bytes, or as many as there are before the end of the file.
-std::size_t read_fully(int fd, const std::string& path, std::uint64_t offset, std::size_t count,
-                       std::byte* out) {
-  // A disk or a server that is away for a moment must not end a run of weeks.
-  constexpr std::array<int, 3> kPausesMs = {100, 1000, 10'000};
+// Reads count bytes, or as many as there are before the end of the file, or before an error.
+std::size_t read_fully(int fd, std::uint64_t offset, std::size_t count, std::byte* out,
+                       int& error) {
   std::size_t done = 0;
-  for (std::size_t failures = 0; done < count;) {
-    const ssize_t got =
-        ::pread(fd, out + done, count - done, static_cast<off_t>(offset + done));
+  while (done < count) {
+    const ssize_t got = ::pread(fd, out + done, count - done, static_cast<off_t>(offset + done));
+    if (got == 0) break;
     if (got > 0) {
       done += static_cast<std::size_t>(got);
-    } else if (got == 0) {
-      break;
-    } else if ((errno == EIO || errno == ESTALE) && failures < kPausesMs.size()) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(kPausesMs[failures++]));
     } else if (errno != EINTR) {
-      fail(path, "cannot be read at byte " + std::to_string(offset + done), errno);
+      error = errno;
+      break;
     }
   }
   return done;
+}
+
+void pause(std::chrono::milliseconds length, const std::atomic<bool>* stop) {
+  constexpr std::chrono::milliseconds kLook(20);
+  for (; length.count() > 0 && !(stop && *stop); length -= kLook) {
+    std::this_thread::sleep_for(std::min(length, kLook));
+  }
+}
+
+// Whether a page is in the page cache; nothing that is not is fetched but itself.
+bool is_resident(int fd, std::uint64_t at, std::size_t page) {
+#ifdef __linux__
+  char byte;
+  iovec one{&byte, 1};
+  if (::preadv2(fd, &one, 1, static_cast<off_t>(at), RWF_NOWAIT) == 1) return true;
+  if (errno != EOPNOTSUPP && errno != ENOSYS) return false;
+  // A file system without it: mincore, which calls everything resident that the user cannot write.
+  void* mapped = ::mmap(nullptr, page, PROT_READ, MAP_SHARED, fd, static_cast<off_t>(at));
+  if (mapped == MAP_FAILED) return false;
+  unsigned char state = 0;
+  const bool known = ::mincore(mapped, page, &state) == 0;
+  ::munmap(mapped, page);
+  return known && (state & 1);
+#else
+  (void)fd, (void)at, (void)page;
+  return true;
+#endif
 }
 
 }  // namespace
@@ -99,10 +122,12 @@ bool is_remote(const std::string& path) {
 }
 
 double resident_share(const std::string& path) {
-#ifdef __linux__
   const Descriptor file(open_read_only(path));
   struct stat info;
   if (file.get() < 0 || ::fstat(file.get(), &info) != 0 || info.st_size == 0) return 0;
+#ifdef __linux__
+  ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_RANDOM);
+#endif
   const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
   const std::uint64_t pages = (static_cast<std::uint64_t>(info.st_size) + page - 1) / page;
   constexpr std::uint64_t kSamples = 64;
@@ -111,26 +136,17 @@ double resident_share(const std::string& path) {
   for (std::uint64_t i = 0; i < samples; ++i) {
     // The middles of equal parts: not the blocks that a fingerprint of the file may just have read.
     const std::uint64_t at = (2 * i + 1) * pages / (2 * samples);
-    void* mapped = ::mmap(nullptr, static_cast<std::size_t>(page), PROT_READ, MAP_SHARED,
-                          file.get(), static_cast<off_t>(at * page));
-    if (mapped == MAP_FAILED) return 0;
-    unsigned char state = 0;
-    if (::mincore(mapped, static_cast<std::size_t>(page), &state) == 0) there += state & 1;
-    ::munmap(mapped, static_cast<std::size_t>(page));
+    there += is_resident(file.get(), at * page, static_cast<std::size_t>(page));
   }
   return static_cast<double>(there) / static_cast<double>(samples);
-#else
-  (void)path;
-  return 1;
-#endif
 }
 
 Descriptor::~Descriptor() {
   if (fd_ >= 0) ::close(fd_);
 }
 
-ShardFile::ShardFile(std::string path, std::uint64_t size, Io io)
-    : path_(std::move(path)), size_(size), io_(io) {
+ShardFile::ShardFile(std::string path, std::uint64_t size, const Identity& identity, Io io)
+    : path_(std::move(path)), size_(size), io_(io), identity_(identity) {
   if (size_ > static_cast<std::uint64_t>(std::numeric_limits<std::ptrdiff_t>::max())) {
     fail(path_, "cannot be mapped", EFBIG);
   }
@@ -142,11 +158,13 @@ ShardFile::~ShardFile() {
   }
 }
 
-std::shared_ptr<const Descriptor> ShardFile::open() {
+std::shared_ptr<const Descriptor> ShardFile::open(int& error) {
   auto file = std::make_shared<const Descriptor>(open_read_only(path_));
-  if (file->get() < 0) fail(path_, "cannot be opened", errno);
   struct stat info;
-  if (::fstat(file->get(), &info) != 0) fail(path_, "cannot be examined", errno);
+  if (file->get() < 0 || ::fstat(file->get(), &info) != 0) {
+    error = errno;
+    return nullptr;
+  }
   if (!S_ISREG(info.st_mode)) throw DataError("shard " + path_, "not a regular file", "");
   if (static_cast<std::uint64_t>(info.st_size) != size_) {
     changed(path_, std::to_string(info.st_size) + " bytes, where " + std::to_string(size_) +
@@ -154,19 +172,16 @@ std::shared_ptr<const Descriptor> ShardFile::open() {
   }
   const Identity now{static_cast<std::uint64_t>(info.st_dev),
                      static_cast<std::uint64_t>(info.st_ino), changed_ns(info)};
-  if (seen_ && (now.device != identity_.device || now.inode != identity_.inode ||
-                now.changed_ns != identity_.changed_ns)) {
-    changed(path_, "another file, or another time of change, than at first");
+  if (!(identity_ == Identity{}) && !(now == identity_)) {
+    changed(path_, "another file, or another time of change, than when it was validated");
   }
   identity_ = now;
-  seen_ = true;
   return file;
 }
 
-std::shared_ptr<const Descriptor> ShardFile::descriptor() {
+std::shared_ptr<const Descriptor> ShardFile::descriptor(int& error) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!open_file_) {
-    open_file_ = open();
+  if (!open_file_ && (open_file_ = open(error))) {
 #ifdef __linux__
     // Windows are read at random: what the system would read ahead of them is not wanted.
     ::posix_fadvise(open_file_->get(), 0, 0, POSIX_FADV_RANDOM);
@@ -185,7 +200,9 @@ bool ShardFile::rest() {
 const std::byte* ShardFile::open_data() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (const std::byte* known = data_.load(std::memory_order_relaxed)) return known;
-  const auto file = open();
+  int error = 0;
+  const auto file = open(error);
+  if (!file) fail(path_, "cannot be opened", error);
   const auto size = static_cast<std::size_t>(size_);
   if (io_ == Io::kMap) {
     void* address = ::mmap(nullptr, size, PROT_READ, MAP_SHARED, file->get(), 0);
@@ -207,9 +224,9 @@ const std::byte* ShardFile::open_data() {
   try {
     for (std::size_t at = 0; at < size; at += kPiece) {
       const std::size_t count = std::min(kPiece, size - at);
-      if (read_fully(file->get(), path_, at, count, bytes + at) != count) {
-        changed(path_, "ended early while it was copied into memory");
-      }
+      const std::size_t done = read_fully(file->get(), at, count, bytes + at, error);
+      if (error) fail(path_, "cannot be read at byte " + std::to_string(at + done), error);
+      if (done != count) changed(path_, "ended early while it was copied into memory");
     }
   } catch (...) {
     ::munmap(address, size);
@@ -219,19 +236,37 @@ const std::byte* ShardFile::open_data() {
   return bytes;
 }
 
-void ShardFile::read(std::uint64_t offset, std::size_t count, std::byte* out) {
-  const auto file = descriptor();
-  const std::size_t done = read_fully(file->get(), path_, offset, count, out);
-  if (done != count) {
-    changed(path_, "ends at byte " + std::to_string(offset + done) + ", where " +
-                       std::to_string(size_) + " bytes were validated");
+void ShardFile::read(std::uint64_t offset, std::size_t count, Scratch& scratch) {
+  // A disk or a server that is away for a moment must not end a run of weeks.
+  constexpr std::array<int, 3> kPausesMs = {100, 1000, 10'000};
+  if (scratch.bytes.size() < count) scratch.bytes.resize(count);
+  for (std::size_t failures = 0;; ++failures) {
+    int error = 0;
+    std::size_t done = 0;
+    if (const auto file = descriptor(error)) {
+      done = read_fully(file->get(), offset, count, scratch.bytes.data(), error);
+    }
+    if (!error) {
+      if (done == count) return;
+      changed(path_, "ends at byte " + std::to_string(offset + done) + ", where " +
+                         std::to_string(size_) + " bytes were validated");
+    }
+    const bool is_away = error == EIO || error == ESTALE;
+    if (!is_away || failures == kPausesMs.size() || (scratch.stop && *scratch.stop)) {
+      fail(path_, "cannot be read at byte " + std::to_string(offset + done), error);
+    }
+    pause(std::chrono::milliseconds(kPausesMs[failures]), scratch.stop);
+    rest();  // a stale handle stays stale
   }
 }
 
 void ShardFile::will_need(std::uint64_t offset, std::size_t count) {
 #ifdef __linux__
-  ::posix_fadvise(descriptor()->get(), static_cast<off_t>(offset), static_cast<off_t>(count),
-                  POSIX_FADV_WILLNEED);
+  int error = 0;  // whoever reads says so
+  if (const auto file = descriptor(error)) {
+    ::posix_fadvise(file->get(), static_cast<off_t>(offset), static_cast<off_t>(count),
+                    POSIX_FADV_WILLNEED);
+  }
 #else
   (void)offset;
   (void)count;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 namespace mypt::data {
 
@@ -33,13 +34,29 @@ class Descriptor {
   int fd_;
 };
 
+// Which file a name stood for, and when its bytes last changed; all zero if that is not known.
+struct Identity {
+  std::uint64_t device = 0, inode = 0;
+  std::int64_t changed_ns = 0;
+
+  bool operator==(const Identity& other) const noexcept {
+    return device == other.device && inode == other.inode && changed_ns == other.changed_ns;
+  }
+};
+
+// What a thread needs to read: room for tokens, and what tells it to give up waiting for a disk.
+struct Scratch {
+  std::vector<std::byte> bytes;
+  const std::atomic<bool>* stop = nullptr;
+};
+
 // Opened when it is first used, so that ten thousand shards cost nothing to name; safe to share.
-// The file must then have the size that was validated, and stay the file it was whenever it is
-// opened again. Under kRead a file that is cut short is a DataChangedError. A mapping is looked at
-// now and then (`check`); lost pages that are read before that kill the process with SIGBUS.
+// The file must then be the one that was validated, whenever it is opened. Under kRead a file that
+// is cut short is a DataChangedError. A mapping is looked at now and then (`check`); lost pages
+// that are read before that kill the process with SIGBUS.
 class ShardFile {
  public:
-  ShardFile(std::string path, std::uint64_t size, Io io);
+  ShardFile(std::string path, std::uint64_t size, const Identity& identity, Io io);
   ~ShardFile();
   ShardFile(const ShardFile&) = delete;
   ShardFile& operator=(const ShardFile&) = delete;
@@ -50,8 +67,9 @@ class ShardFile {
     return known || size_ == 0 ? known : open_data();
   }
 
-  // Under kRead: copy bytes [offset, offset + count). EIO and ESTALE are tried again three times.
-  void read(std::uint64_t offset, std::size_t count, std::byte* out);
+  // Under kRead: copy bytes [offset, offset + count) to the scratch. After EIO and ESTALE the file
+  // is opened again and read again, three times, with pauses of 0.1, 1 and 10 seconds.
+  void read(std::uint64_t offset, std::size_t count, Scratch& scratch);
 
   // Under kRead: ask the system to fetch these bytes; returns at once.
   void will_need(std::uint64_t offset, std::size_t count);
@@ -70,13 +88,8 @@ class ShardFile {
   const std::string& path() const { return path_; }
 
  private:
-  struct Identity {
-    std::uint64_t device = 0, inode = 0;
-    std::int64_t changed_ns = 0;
-  };
-
-  std::shared_ptr<const Descriptor> open();
-  std::shared_ptr<const Descriptor> descriptor();
+  std::shared_ptr<const Descriptor> open(int& error);
+  std::shared_ptr<const Descriptor> descriptor(int& error);
   const std::byte* open_data();
 
   const std::string path_;
@@ -85,7 +98,6 @@ class ShardFile {
   std::mutex mutex_;  // of everything below but data_
   std::shared_ptr<const Descriptor> open_file_;
   Identity identity_;
-  bool seen_ = false;
   std::atomic<const std::byte*> data_{nullptr};
 };
 

@@ -6,13 +6,13 @@ samples, the same one-integer position, and a third member in every batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.order import SampleOrder, SampleStream
 from mypt_fast.data.packing import (
     BestFitLayout,
     Documents,
@@ -27,10 +27,7 @@ from mypt_fast.errors import DataError, FormatError, TokenRangeError
 ALGORITHM = "documents/v1"
 STATE_VERSION = 1
 DEFAULT_RULE = LossRule()
-LAYOUTS: dict[str, Callable[[Int64, int, int], Layout]] = {
-    "mask": WindowLayout,
-    "bestfit": BestFitLayout,
-}
+LAYOUTS = ("mask", "bestfit")
 _SCAN_TOKENS = 1 << 20
 _MAX_SAMPLES = 1 << 62
 
@@ -136,6 +133,7 @@ class DocumentLoader:
         ends: of the documents, (n,) ascending; the last is corpus.n_tokens.
         documents: "mask" (windows cut at boundaries) or "bestfit" (whole documents, packed).
         seed: of the order; it touches no global random state.
+        order: of the windows of "mask", as `TokenLoader` takes it; "bestfit" has its own.
         global_batch: samples per step over all ranks; a multiple of world_size.
         rank: whose share `next` reads.
         world_size: number of ranks.
@@ -157,6 +155,7 @@ class DocumentLoader:
         documents: str,
         *,
         seed: int,
+        order: str | SampleStream = "epoch",
         global_batch: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -182,7 +181,16 @@ class DocumentLoader:
         ends = checked_ends(ends, corpus.n_tokens, corpus.source)
         self._corpus, self._seq_len, self._seed = corpus, seq_len, seed
         self._boundaries = xxhash.xxh3_64_hexdigest(ends.astype("<i8", copy=False).data)
-        self._layout: Layout = LAYOUTS[documents](ends, seq_len, seed)
+        if documents == "bestfit" and order != "epoch":
+            raise ValueError("bestfit has an order of its own")
+        if isinstance(order, str):
+            order = SampleOrder(corpus.n_tokens, seq_len, seed, order)
+        self._layout: Layout = (
+            WindowLayout(ends, seq_len, order)
+            if documents == "mask"
+            else BestFitLayout(ends, seq_len, seed)
+        )
+        self._order = order.identity() if documents == "mask" else None
         self._global_batch = global_batch
         self._share = global_batch // world_size
         self._offset = rank * self._share
@@ -304,6 +312,7 @@ class DocumentLoader:
             "n_windows": self.n_windows,
             "fingerprint": self._corpus.fingerprint,
             "boundaries": self._boundaries,
+            "order": self._order,
         }
 
     def _pieces(self, first_sample: int, rows: int) -> Pieces:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mypt_fast.data.order import Permutation, SampleOrder
+from mypt_fast.data.order import Permutation, SampleStream
 
 Int64 = NDArray[np.int64]
 
@@ -155,10 +155,9 @@ class WindowLayout:
 
     name = "mask"
 
-    def __init__(self, ends: Int64, seq_len: int, seed: int) -> None:
-        self._ends, self._seq_len = ends, seq_len
-        self._order = SampleOrder(int(ends[-1]), seq_len, seed, "epoch")
-        self.n_samples = self._order.n_windows
+    def __init__(self, ends: Int64, seq_len: int, order: SampleStream) -> None:
+        self._ends, self._seq_len, self._order = ends, seq_len, order
+        self.n_samples = order.n_windows
 
     def pieces(self, first_sample: int, count: int) -> Pieces:
         """See Layout."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,7 @@ class TokenCorpus:
         fingerprint: 16 hex digits; two corpora with the same one hold the same tokens.
         io: how tokens are reached: "mmap", "pread" or "ram".
         source_sizes: tokens of each dataset.
+        shards: the files; none of tokens in memory.
     """
 
     def __init__(self, source: str, names: list[str], sizes: list[int], fingerprint: str) -> None:
@@ -55,7 +57,7 @@ class TokenCorpus:
         self._ends = np.cumsum(np.array(sizes, dtype=np.int64))
         self._native: Any = None
         self._arrays: list[Tokens] = []
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
         self._spans: Spans | None = None
         self._closed = False
 
@@ -111,11 +113,10 @@ class TokenCorpus:
             dataset_fingerprint(shards),
         )
         corpus.source_sizes = [sum(s.n_tokens for s in source) for source in sources]
-        corpus._shards = shards
+        corpus.shards = shards
         if module := corpus._choose(backend):
             corpus.io = _fitting_io(shards, module) if io == "auto" else io
-            specs = [(str(s.path), s.width, s.n_tokens, s.offset, s.file_size) for s in shards]
-            corpus._native = module.Corpus.open(specs, corpus.io)
+            corpus._native = module.Corpus.open(list(map(_spec, shards)), corpus.io)
         elif io == "pread":
             raise DataError(
                 f"{corpus.source} with io pread", corpus.backend_note, "use io auto, mmap or ram"
@@ -169,13 +170,16 @@ class TokenCorpus:
         if self._closed or not 0 <= start <= start + count <= self.n_tokens:
             state = "closed" if self._closed else f"of {self.n_tokens} tokens"
             raise ValueError(f"tokens [{start}, +{count}) of {self.source}, which is {state}")
+        if self._native is not None:
+            tokens: Tokens = self._native.span(start, count)
+            return tokens
         if self._spans is None:
-            self._spans = Spans.of_shards(self._shards, self.io)
+            self._spans = Spans.of_shards(self.shards, self.io)
         return self._spans.read(start, count)
 
     def document_ends(self) -> NDArray[np.uint64] | None:
         """Where documents end, ascending; None where the dataset has no index of them."""
-        return joined_ends(self._shards)
+        return joined_ends(self.shards)
 
     def close(self) -> None:
         """Let go of the files; readers made before keep theirs until they are dropped."""
@@ -201,9 +205,20 @@ class TokenCorpus:
         return module
 
 
+def _spec(s: Shard) -> tuple[Any, ...]:
+    """What the extension is told of a shard: also which file it is, as it is opened later."""
+    try:
+        info = os.stat(s.path)
+    except OSError as error:
+        raise DataError(f"shard {s.path}", f"cannot be examined: {error.strerror}") from error
+    identity = (info.st_dev, info.st_ino, info.st_mtime_ns)
+    return str(s.path), s.width, s.n_tokens, s.offset, s.file_size, identity
+
+
 def _fitting_io(shards: list[Shard], module: ModuleType) -> str:
     """Map what is on a local disk, fits into memory and is already there; read the rest."""
-    if module.is_remote(str(shards[0].path)):
+    folders = {shard.path.parent for shard in shards}
+    if any(module.is_remote(str(folder)) for folder in folders):
         return "pread"
     if sum(shard.file_size for shard in shards) > _SHARE_OF_MEMORY * _available_bytes():
         return "pread"

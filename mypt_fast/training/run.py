@@ -51,7 +51,7 @@ def not_done(settings: Settings) -> list[str]:
     """Settings that are understood and saved, but do nothing in this version: one line each."""
     notices = []
     if settings.model.use_loss_mask:
-        notices.append("use_loss_mask is off for this run: token datasets carry no masks")
+        notices.append("use_loss_mask: masks stored with the data count under --documents mask")
     gold = settings.train.gold_selection
     if gold and (gold.strategy != "val_loss" or gold.external_gate.enabled):
         notices.append("gold_selection: external gates are not run yet; gold follows val_loss")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mypt_fast.config import CurriculumPhase
+from mypt_fast.data.annotations import StoredWeights
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
 from mypt_fast.data.format import Split
 from mypt_fast.data.loader import TokenLoader
@@ -157,12 +158,19 @@ class DataOpener:
         common: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "vocab_size": cfg.vocab_size,
         }  # fmt: skip
+        order = self._order(corpus, seed, self.settings.train.order if is_training else "epoch")
+        if mode == "bestfit" and order != "epoch":
+            raise ConfigError(
+                "--documents bestfit has an order of its own",
+                f"found --order {self.settings.train.order}",
+                "drop one, or use --documents mask",
+            )
         if mode == "concat":
             if is_training and (self._on_gpu or corpus.io == "pread"):
                 # what is mapped costs a CPU nothing; a disk or a GPU is worth a thread
                 common["prefetch"] = PREFETCH
                 common["allocate"] = pinned if self._on_gpu else aligned
-            order = self._order(corpus, seed, self.settings.train.order if is_training else "epoch")
+            self._note_planes(corpus)
             return TokenLoader(corpus, cfg.block_size, order=order, **common)
         if self.settings.data.input_file:  # a text file is one document
             ends, note = np.array([corpus.n_tokens]), ""
@@ -172,13 +180,33 @@ class DataOpener:
             self.notices.append(note)
             self._boundaries_noted = True
         pad = 0 if self.eot_id is None else self.eot_id
-        return DocumentLoader(corpus, cfg.block_size, ends, mode, pad_id=pad, **common)
+        weights = StoredWeights(corpus.shards)
+        return DocumentLoader(
+            corpus, cfg.block_size, ends, mode, pad_id=pad, order=order,
+            weights=weights if weights.any else None, **common,
+        )  # fmt: skip
+
+    def _note_planes(self, corpus: TokenCorpus) -> None:
+        kinds = sorted({plane.kind for shard in corpus.shards for plane in shard.planes})
+        note = (
+            f"{' and '.join(kinds)} stored with the data are not used: --documents mask trains on "
+            "the tokens that count"
+        )
+        if kinds and note not in self.notices:
+            self.notices.append(note)
 
     def _order(self, corpus: TokenCorpus, seed: int, kind: str) -> SampleStream | str:
         shares = self.settings.train.mixture
         if not shares or len(corpus.source_sizes) < len(shares):
             return kind
         T = self.settings.model.block_size
+        for (folder, share), size in zip(shares.items(), corpus.source_sizes, strict=True):
+            if share > 0 and size <= T:
+                raise DataError(
+                    f"{folder} of the mixture for a context of {T}",
+                    f"{size} tokens in a split, where one window needs {T + 1}",
+                    "add data, lower block_size, or leave it out",
+                )
         try:
             return MixtureOrder(corpus.source_sizes, T, seed, [(None, [*shares.values()])], kind)
         except ValueError as e:

@@ -181,7 +181,9 @@ def test_offsets_beyond_2_gib_are_64_bit(tmp_path, native):
     (shard,) = open_split(tmp_path, "train")
     assert shard.n_tokens == n
     assert map_shard(shard)[n - 8 : n - 4].tolist() == [1, 2, 3, 4]
-    corpus = native.Corpus.open([(str(path), shard.width, n, shard.offset, shard.file_size)])
+    corpus = native.Corpus.open(
+        [(str(path), shard.width, n, shard.offset, shard.file_size, (0, 0, 0))]
+    )
     x, y = np.empty((1, 4), np.int64), np.empty((1, 4), np.int64)
     native.gather(corpus, [n - 9], x, y)
     assert y.tolist() == [[1, 2, 3, 4]]

@@ -170,7 +170,8 @@ def test_a_step_under_way_has_no_state_and_can_be_rewound(dataset, backend):
 
 
 def test_reading_does_not_move_the_position(dataset, backend):
-    loader, twin = (make(dataset([1000]), backend) for _ in range(2))
+    folder = dataset([1000])
+    loader, twin = (make(folder, backend) for _ in range(2))
     for sample in (5, 0, 10**15):
         loader.read(sample, 3)
     assert loader.position == 0

@@ -7,12 +7,17 @@ import pytest
 
 from mypt_fast.errors import DataChangedError, DataError, IntegrityError
 
+WHICHEVER = (0, 0, 0)  # device, inode and time of change of a file that is not compared
+
 
 def test_shards_of_both_widths_and_headers_can_be_mixed(native, tmp_path):
     np.arange(100, dtype="<u2").tofile(tmp_path / "a.bin")
     (tmp_path / "b.bin").write_bytes(bytes(1024) + np.arange(100, 300, dtype="<u4").tobytes())
     corpus = native.Corpus.open(
-        [(str(tmp_path / "a.bin"), 2, 100, 0, 200), (str(tmp_path / "b.bin"), 4, 200, 1024, 1824)]
+        [
+            (str(tmp_path / "a.bin"), 2, 100, 0, 200, WHICHEVER),
+            (str(tmp_path / "b.bin"), 4, 200, 1024, 1824, WHICHEVER),
+        ]
     )
     x, y = np.empty((2, 64), np.int64), np.empty((2, 64), np.int64)
     assert native.gather(corpus, [60, 235], x, y) == 299
@@ -51,7 +56,9 @@ def test_the_largest_id_is_found_wherever_it_is(native, dtype, at):
 def test_a_window_that_ends_with_its_page_reads_no_further(native, write_dataset, tmp_path, width):
     n = 4096 // width
     folder = write_dataset(tmp_path, [n], width)
-    corpus = native.Corpus.open([(str(folder / "train/shard_00000.bin"), width, n, 0, 4096)])
+    corpus = native.Corpus.open(
+        [(str(folder / "train/shard_00000.bin"), width, n, 0, 4096, WHICHEVER)]
+    )
     for T, kernel in itertools.product((1, 7, 8, 9, 64), native.available_kernels()):
         x, y = np.empty((1, T), np.int64), np.empty((1, T), np.int64)
         native.gather(corpus, [n - T - 1], x, y, kernel)
@@ -62,7 +69,7 @@ def test_native_errors_are_ours(native, tmp_path):
     arrays = np.empty((1, 2), np.int64), np.empty((1, 2), np.int64)
 
     def read(path, size=16, io="mmap"):
-        native.gather(native.Corpus.open([(str(path), 4, 4, 0, size)], io), [0], *arrays)
+        native.gather(native.Corpus.open([(str(path), 4, 4, 0, size, WHICHEVER)], io), [0], *arrays)
 
     with pytest.raises(DataError, match=r"gone\.bin; cannot be opened: No such file") as caught:
         read(tmp_path / "gone.bin")
@@ -79,10 +86,10 @@ def test_native_errors_are_ours(native, tmp_path):
         read(path, 16, "floppy")
     for spec in ((4, 5, 0), (4, 4, 4), (4, 0, 20), (2, 2**63, 0)):
         with pytest.raises(IntegrityError, match="16 bytes, too few"):
-            native.Corpus.open([(str(path), *spec, 16)])
+            native.Corpus.open([(str(path), *spec, 16, WHICHEVER)])
     for width, n, offset in ((3, 1, 0), (4, 1, 2)):
         with pytest.raises(ValueError, match=r"bytes wide|multiple of the width"):
-            native.Corpus.open([(str(path), width, n, offset, 16)])
+            native.Corpus.open([(str(path), width, n, offset, 16, WHICHEVER)])
 
 
 def test_native_bounds_are_checked_before_anything_is_written(native):

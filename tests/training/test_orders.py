@@ -3,20 +3,26 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import SMALL, events, write_dataset
 from test_resume import assert_same_run, interrupt_at, position
 
 from mypt_fast.cli import main
+from mypt_fast.data.document_loader import DocumentLoader
 from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.tokens import TokenCorpus
 
 
 def mixed(**shares: float) -> list[str]:
-    """Flags for a config file with a mixture of ./data/<name>."""
-    Path("mixed.json").write_text(
-        json.dumps({"mixture": {f"data/{name}": share for name, share in shares.items()}})
-    )
-    return ["--config", "mixed.json", *SMALL]
+    """Flags for a config file with a small model and a mixture of ./data/<name>."""
+    flags = dict(zip(SMALL[::2], SMALL[1::2], strict=False))
+    architecture = ("n_layer", "n_head", "n_embd", "block_size")
+    config = {name: int(flags.pop(f"--{name}")) for name in architecture}
+    config["mixture"] = {f"data/{name}": share for name, share in shares.items()}
+    Path("mixed.json").write_text(json.dumps(config))
+    rest = [part for flag in flags.items() for part in flag]
+    return ["--config", "mixed.json", *rest, "--no_use_amp"]
 
 
 @pytest.mark.parametrize("order", ["replacement", "block", "sequential"])
@@ -66,6 +72,45 @@ def test_a_mixture_that_cannot_be_is_one_line(dataset, capsys, shares, reason) -
     assert lines[-1].startswith("error: ")
     assert reason in lines[-1]
     assert not Path("checkpoints/m").exists()
+
+
+def windows(monkeypatch, documents: str, order: str = "epoch") -> np.ndarray:
+    """First tokens of 200 training windows of a mixture that leaves ./data/other out."""
+    for name, letter in (("toy", 1), ("other", 2)):
+        tokens = np.full(3000, letter, "<u4")
+        tokens.tofile(f"data/{name}/train/shard_00000.bin")
+    flags = [*mixed(toy=1, other=0), "--documents", documents, "--order", order, "--max_iters", "1"]
+    seen = []
+    kind = TokenLoader if documents == "concat" else DocumentLoader
+    plain = kind.next
+
+    def keep(self, rows, *rest):
+        seen.append(self.read(0, 200)[0][:, 0])
+        return plain(self, rows, *rest)
+
+    monkeypatch.setattr(kind, "next", keep)
+    assert main(["train", "--model_name", f"m{documents}", *flags]) == 0
+    return seen[0]
+
+
+@pytest.mark.parametrize("documents", ["concat", "mask"])
+def test_a_source_without_a_share_is_never_read(dataset, monkeypatch, documents: str) -> None:
+    write_dataset(Path("data/other"), seed=3)
+    monkeypatch.setattr(TokenCorpus, "document_ends", lambda self: np.array([self.n_tokens]))
+    assert set(windows(monkeypatch, documents)) == {1}
+
+
+def test_an_order_that_cannot_be_kept_is_refused(train, capsys) -> None:
+    assert train("a", "--documents", "bestfit", "--order", "block") == 2
+    assert "--documents bestfit has an order of its own" in capsys.readouterr().err
+
+
+def test_a_source_that_is_too_short_is_named(dataset, capsys) -> None:
+    write_dataset(Path("data/other"), n_val=10, seed=3)
+    assert main(["train", "--model_name", "m", *mixed(toy=1, other=1)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "data/other of the mixture" in error
+    assert "add data" in error
 
 
 def test_a_mixture_beside_another_source_is_refused(dataset, capsys) -> None:
