@@ -29,7 +29,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it write
 	@test ! -d checkpoints/demo || echo "checkpoints/demo is there already: starting anew"
-	@rm -rf checkpoints/demo checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png
+	@rm -rf checkpoints/demo checkpoints/.demo.* checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png
 	$(BIN)/mypt-fast prepare --demo --tokenization char --out_dir data/demo_char --overwrite
 	$(BIN)/mypt-fast train --config configs/tiny_char.json --dataset_dir data/demo_char --model_name demo \
 	  --max_iters 1400 --learning_rate 3e-3 --warmup_iters 100 --dropout 0 \

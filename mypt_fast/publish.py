@@ -19,7 +19,10 @@ AT_FDCWD = -100
 
 @contextlib.contextmanager
 def staged(
-    target: Path, owned: frozenset[str], adopt: Callable[[Path], bool] | None = None
+    target: Path,
+    owned: frozenset[str],
+    adopt: Callable[[Path], bool] | None = None,
+    retire: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Yield a directory that replaces `target` when the block ends without an error.
 
@@ -30,6 +33,8 @@ def staged(
         adopt: says whether what a killed process left can be continued; such a directory is
             yielded as it was left, any other is new and empty. With it, what an interruption
             (KeyboardInterrupt) leaves is kept as well, if it can be continued.
+        retire: called with the directory that was replaced, once the new one is durable; what it
+            does not move away is removed.
 
     Raises:
         OSError: as the system reports it; `target` is then as it was.
@@ -47,6 +52,8 @@ def staged(
         sync_directory(aside)
         _swap(aside, target)
         sync_directory(target.parent)
+        if retire is not None and aside.is_dir():
+            retire(aside)
     except KeyboardInterrupt:
         keep = adopt is not None and adopt(aside)
         raise
