@@ -40,7 +40,7 @@ def staged(
         OSError: as the system reports it; `target` is then as it was.
     """
     target = Path(os.path.realpath(target))  # a link to a larger disk stays a link
-    aside = target.parent / f".{target.name}.tmp-{_me()}"
+    aside = temporary(target)
     if not _adopt(target, aside, adopt):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -60,6 +60,12 @@ def staged(
     finally:
         if not keep:
             shutil.rmtree(aside, ignore_errors=True)  # what failed, or what was there before
+
+
+def temporary(target: Path) -> Path:
+    """A hidden name beside `target` that is this process's; the next `clean_stale` removes it."""
+    target = Path(os.path.realpath(target))
+    return target.parent / f".{target.name}.tmp-{_me()}"
 
 
 def clean_stale(target: Path) -> None:

@@ -25,6 +25,7 @@ from mypt_fast.checkpoint.manifest import (
     EditError,
     content_hash,
     exists,
+    is_whole_archive,
     matches,
     read_info,
     seal,
@@ -294,6 +295,8 @@ def _read_one(path: Path, optimizer: bool) -> Bundle:
     bundle.manifest, bundle.notices = checked.manifest, checked.notices
     if optimizer and "training_state" not in info:
         bundle.notices.append(f"{path.name}: no training_state.json; its steps count from 0")
+    if checked.manifest is None:
+        _check_archives(path, optimizer)
     bundle.state_dict, model_file = _weights(path)
     if optimizer and (path / "optimizer.pt").is_file():
         state = load(path / "optimizer.pt")
@@ -313,6 +316,16 @@ def _read_one(path: Path, optimizer: bool) -> Bundle:
             f"{path.name}: weights were saved in {model_file['checkpoint_dtype']}"
         )
     return bundle
+
+
+def _check_archives(path: Path, optimizer: bool) -> None:
+    """Without our hashes, the archives' own CRC-32 finds a flipped bit."""
+    for name in TENSOR_FILES if optimizer else ("model.pt",):
+        if (path / name).is_file() and not is_whole_archive(path / name):
+            raise IntegrityError(
+                f"cannot read {path / name}", "it is no archive of torch.save, or was damaged",
+                f"restore it, or resume from {path.name}_gold if it exists",
+            )  # fmt: skip
 
 
 def _weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -83,7 +83,7 @@ def _own(run_dir: Path, lock: Any) -> None:
 
     lock.acquire()
     publish.clean_stale(run_dir)
-    for notice in [*lock.notices, *settle(run_dir)]:
+    for notice in settle(run_dir):
         console.notice(f"note: {notice}")
 
 
@@ -112,6 +112,8 @@ def _train(resolved: settings.Settings, dry_run: bool, lock: Any) -> int:
     live = console.Live(resolved.train.max_iters, start)
     try:
         lock.acquire()
+        for notice in lock.notices:
+            console.notice(f"note: {notice}")
         return Trainer(opened, live).train()
     finally:
         live.close()
