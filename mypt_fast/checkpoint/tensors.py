@@ -23,6 +23,7 @@ from mypt_fast.errors import CheckpointError, IntegrityError
 
 MAX_PICKLE_BYTES = 16 << 20  # a 1.5B model with its moments names its tensors in 0.4 MiB
 MAX_DIMS = 16
+MAX_DEPTH, MAX_NODES = 32, 1 << 20  # optimizer state is four deep
 DTYPE_OF = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -57,7 +58,7 @@ def load(path: Path) -> Any:
                 raise _Refused("no data.pkl in it")
             if head + "byteorder" in records and archive.read(head + "byteorder") != b"little":
                 raise _Refused("its numbers are not little-endian")
-            return _Reader(file, archive, records, head).run()
+            return _bounded(_Reader(file, archive, records, head).run())
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing") from e
     except PermissionError as e:
@@ -80,6 +81,22 @@ def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     if len({i.filename for i in infos}) != len(infos):
         raise _Refused("it names a record twice")
     return {i.filename: i for i in infos}
+
+
+def _bounded(content: Any) -> Any:
+    """Refuse what contains itself, or a few bytes that stand for a billion objects."""
+    left, seen = [(content, 0)], 0
+    while left:
+        value, depth = left.pop()
+        seen += 1
+        if depth > MAX_DEPTH or seen > MAX_NODES:
+            raise _Refused("it is nested too deeply")
+        if isinstance(value, _Name):
+            raise _Refused(f"it holds {value.text[:80]}, which is no value")
+        if isinstance(value, (dict, list, tuple)):
+            inner = value.values() if isinstance(value, dict) else value
+            left += [(item, depth + 1) for item in inner]
+    return content
 
 
 class _Reader:
@@ -111,7 +128,8 @@ class _Reader:
         raise _Refused("data.pkl has no end")
 
     def _proto(self, argument: Any) -> None:
-        pass
+        if argument != 2:  # what torch.save has written since it writes archives
+            raise _Refused(f"pickle protocol {argument}")
 
     def _mark(self, argument: Any) -> None:
         self.marks.append(len(self.stack))
