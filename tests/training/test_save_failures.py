@@ -37,7 +37,7 @@ def test_a_full_disk_keeps_the_run_and_the_old_checkpoint(train, full_disk, caps
     """12 steps, saves at 0, 3, 5 (gold and run), 6, 9, 10, 12; the disk is full for a while."""
     assert train("whole", "--save_interval", "3") == 0
     capsys.readouterr()
-    failed = full_disk(*range(12, 36), code=errno.ENOSPC)
+    failed = full_disk(*range(12, 16))
     assert train("parts", "--save_interval", "3") == 0
     failures = events("parts", "save_failed")
     assert len(failed) == len(failures) > 1
