@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow sanitize sanitize-run test-gpu check format bench golden clean
+.PHONY: help demo test test-slow faults sanitize sanitize-run test-gpu check format bench golden clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,7 +29,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it write
 	@test ! -d checkpoints/demo || echo "checkpoints/demo is there already: starting anew"
-	@rm -rf checkpoints/demo checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png
+	@rm -rf checkpoints/demo checkpoints/.demo.* checkpoints/demo_gold checkpoints/demo_fp16 logs/train/demo_eval.jsonl loss.png
 	$(BIN)/mypt-fast prepare --demo --tokenization char --out_dir data/demo_char --overwrite
 	$(BIN)/mypt-fast train --config configs/tiny_char.json --dataset_dir data/demo_char --model_name demo \
 	  --max_iters 1400 --learning_rate 3e-3 --warmup_iters 100 --dropout 0 \
@@ -50,6 +50,9 @@ SANITIZED := tests/data/test_native.py tests/data/test_loader.py tests/data/test
 sanitize: $(READY)  ## the loader's tests under the address, undefined and thread sanitizers
 	@$(MAKE) -s sanitize-run KIND=address,undefined LIBRARY=libasan.so
 	@$(MAKE) -s sanitize-run KIND=thread LIBRARY=libtsan.so
+
+faults: $(READY)  ## the whole fault suite: deaths, full disks, flipped bits, hostile files, bad configs
+	MYPT_FAULTS=10000 $(BIN)/python -m pytest -q -s tests/faults
 
 sanitize-run:
 	MYPT_SANITIZE=$(KIND) MYPT_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build \

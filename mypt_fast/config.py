@@ -223,6 +223,7 @@ class TrainConfig:
     eval_iters: int = opt(200, "batches per evaluation", lo=1)
     eval_seed: int = opt(1337, "seed of the evaluation windows", lo=0, hi=(1 << 63) - 1)
     save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
+    keep_last: int = opt(1, "older states kept, hidden, to go back to when one is damaged", lo=0)
     log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
     terminal_log_file: str | None = opt(None, "also write the terminal output here")
     freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)

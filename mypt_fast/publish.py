@@ -19,7 +19,10 @@ AT_FDCWD = -100
 
 @contextlib.contextmanager
 def staged(
-    target: Path, owned: frozenset[str], adopt: Callable[[Path], bool] | None = None
+    target: Path,
+    owned: frozenset[str],
+    adopt: Callable[[Path], bool] | None = None,
+    retire: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Yield a directory that replaces `target` when the block ends without an error.
 
@@ -30,12 +33,14 @@ def staged(
         adopt: says whether what a killed process left can be continued; such a directory is
             yielded as it was left, any other is new and empty. With it, what an interruption
             (KeyboardInterrupt) leaves is kept as well, if it can be continued.
+        retire: called with the directory that was replaced, once the new one is durable; what it
+            does not move away is removed.
 
     Raises:
         OSError: as the system reports it; `target` is then as it was.
     """
     target = Path(os.path.realpath(target))  # a link to a larger disk stays a link
-    aside = target.parent / f".{target.name}.tmp-{_me()}"
+    aside = temporary(target)
     if not _adopt(target, aside, adopt):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -47,12 +52,20 @@ def staged(
         sync_directory(aside)
         _swap(aside, target)
         sync_directory(target.parent)
+        if retire is not None and aside.is_dir():
+            retire(aside)
     except KeyboardInterrupt:
         keep = adopt is not None and adopt(aside)
         raise
     finally:
         if not keep:
             shutil.rmtree(aside, ignore_errors=True)  # what failed, or what was there before
+
+
+def temporary(target: Path) -> Path:
+    """A hidden name beside `target` that is this process's; the next `clean_stale` removes it."""
+    target = Path(os.path.realpath(target))
+    return target.parent / f".{target.name}.tmp-{_me()}"
 
 
 def clean_stale(target: Path) -> None:

@@ -86,11 +86,8 @@ def resolve(
     for key in (k for k, v in words.items() if v == ""):
         raise ConfigError(f"--{key} is empty", cure="give it a value, or drop the flag")
     preset = presets.load(config_file) if config_file else None
-    name = model_name or (preset.path.stem if preset else "default")
-    if not _is_plain(name):
-        cure = "it becomes a folder of checkpoints/"
-        raise ConfigError("--model_name is a plain name", f"found {shown(name)}", cure)
-    run_dir = checkpoints / name
+    run_dir = _run_dir(model_name, preset, checkpoints)
+    name = run_dir.name
     flags = {section: _pick(typed, section) for section in (ModelConfig, TrainConfig, DataConfig)}
     for section, values in flags.items():
         build(section, values, "command line")
@@ -113,6 +110,22 @@ def resolve(
     out.model.check("settings")
     out.train.check("settings")
     return out
+
+
+def run_dir(
+    model_name: str | None, config_file: str | None, checkpoints: Path = Path("checkpoints")
+) -> Path:
+    """The directory of the run that `resolve` would settle; raises ConfigError as it does."""
+    preset = presets.load(config_file) if config_file and not model_name else None
+    return _run_dir(model_name, preset, checkpoints)
+
+
+def _run_dir(model_name: str | None, preset: presets.Preset | None, checkpoints: Path) -> Path:
+    name = model_name or (preset.path.stem if preset else "default")
+    if not _is_plain(name):
+        cure = "it becomes a folder of checkpoints/"
+        raise ConfigError("--model_name is a plain name", f"found {shown(name)}", cure)
+    return checkpoints / name
 
 
 def _is_plain(name: str) -> bool:

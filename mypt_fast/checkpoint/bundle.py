@@ -4,6 +4,7 @@ Format: MyPT specification 5. `manifest.json` is ours; MyPT ignores it.
 """
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,17 @@ from mypt_fast.checkpoint.manifest import (
     MANIFEST_SCHEMA,
     OWNED,
     TENSOR_FILES,
+    EditError,
+    content_hash,
     exists,
+    is_whole_archive,
+    matches,
     read_info,
+    seal,
     verified,
 )
+from mypt_fast.checkpoint.snapshots import parent_of, prune, retirement, snapshots
+from mypt_fast.checkpoint.tensors import load, tensor_entries
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.publish import staged
 
@@ -104,6 +112,7 @@ def write(
     original_config: bytes | None = None,
     save_dtype: str | None = None,
     state: Mapping[str, Any] | None = None,
+    keep_last: int = 0,
 ) -> None:
     """Write a bundle and publish it at `target` in one step.
 
@@ -119,6 +128,8 @@ def write(
         save_dtype: dtype of the weights in model.pt. Below fp32 the exact master weights go into
             optimizer.pt under `master_weights`, where MyPT does not look.
         state: what goes into the manifest beside the hashes: RNG, data position, log position.
+        keep_last: how many of the states before this one stay as hidden snapshots. The oldest is
+            removed only after the new bundle was read back.
 
     Raises:
         CheckpointError: if the disk refuses; the bundle that was there is intact.
@@ -136,9 +147,12 @@ def write(
         master = {k: v.detach().cpu() for k, v in state_dict.items()}
         optimizer = {**optimizer, "master_weights": master}
     files: dict[str, Any] = {}
+    contents: dict[str, str] = {}
+    step = training_state.get("step")
+    retire = retirement(target, keep_last, step) if type(step) is int else None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with staged(target, OWNED) as aside:
+        with staged(target, OWNED, retire=retire) as aside:
             for name, content in (("model.pt", model), ("optimizer.pt", optimizer)):
                 if content is not None:
                     with _durable(aside / name, files) as f:
@@ -147,24 +161,50 @@ def write(
                 if content is not None:
                     with _durable(aside / name, files) as f:
                         f.write(_json_bytes(content))
+                    contents[name] = content_hash(_plain(content))
             if original_config is not None:
                 with _durable(aside / "original_config.json", files) as f:
                     f.write(original_config)
+            tensors = {"model.pt": tensor_entries(model), "optimizer.pt": tensor_entries(optimizer)}
             manifest = {
                 "format": "mypt_fast bundle",
                 "schema": MANIFEST_SCHEMA,
                 "mypt_fast": __version__,
                 "torch": torch.__version__,
+                "parent": parent_of(target),
+                "config_hash": content_hash(_plain(config)),
                 "files": dict(files),
+                "contents": contents,
+                "tensors": {name: entries for name, entries in tensors.items() if entries},
+                "members": {
+                    "config.json": config,
+                    "training_state.json": training_state,
+                },
                 **(state or {}),
             }
+            if "rng" in manifest:
+                manifest["rng_hash"] = content_hash(_plain(manifest["rng"]))
             with _durable(aside / "manifest.json", {}) as f:
-                f.write(_json_bytes(manifest))
+                f.write(_json_bytes(seal(_plain(manifest))))
+            _read_back(aside, files)
+            if not target.exists():
+                prune(target, 0)  # snapshots of a run that is gone are not this one's past
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
         found = getattr(e, "strerror", None) or _first_line(e)
         raise CheckpointError(
             f"cannot save {target}", found, "the previous checkpoint is intact; fix this and rerun"
         ) from e
+
+
+def _plain(content: Any) -> Any:
+    """Return content as JSON gives it back: lists for tuples, strings for keys."""
+    return json.loads(json.dumps(content))
+
+
+def _read_back(folder: Path, files: Mapping[str, Any]) -> None:
+    for name, entry in files.items():
+        if not matches(folder / name, entry):
+            raise OSError(errno.EIO, f"{name} reads back differently", str(folder / name))
 
 
 def _cast(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -204,31 +244,62 @@ def check_writable(target: Path) -> None:
         ) from e
 
 
-def read(path: Path, *, optimizer: bool = True) -> Bundle:
+def read(path: Path, *, optimizer: bool = True, walk_back: bool = True) -> Bundle:
     """Read and verify a bundle.
 
     Every file is checked against the manifest before it is used. A JSON member edited by hand
     and a bundle that another program rewrote are accepted with a notice.
+
+    Args:
+        path: the bundle.
+        optimizer: read optimizer.pt too, and the exact weights it may hold.
+        walk_back: where the bundle is damaged, read its newest good snapshot and say so.
 
     Raises:
         CheckpointError: if there is no bundle.
         IntegrityError: if weights or optimizer state are not the bytes that were saved, or not
             readable.
     """
+    try:
+        return _read_one(path, optimizer)
+    except EditError:
+        raise
+    except IntegrityError as damage:
+        for older in snapshots(path) if walk_back else ():
+            try:
+                found = _read_one(older, optimizer)
+            except (CheckpointError, IntegrityError):
+                continue
+            step = found.training_state.get("step")
+            found.notices.insert(
+                0, f"{damage.what}; {damage.found}; reading its state of step {step}"
+            )
+            return found
+        raise
+
+
+def _read_one(path: Path, optimizer: bool) -> Bundle:
     if not exists(path):
+        if (path / "manifest.json").is_file():
+            absent = "model.pt" if (path / "config.json").is_file() else "config.json"
+            raise IntegrityError(f"{path / absent} is missing", "manifest.json lists it")
         raise CheckpointError(
             f"no checkpoint in {path}",
             "config.json and model.pt are not both there",
             "check --model_name, or train it first",
         )
     info = read_info(path)
-    manifest = info.get("manifest")
+    checked = verified(path, info, optimizer)
     bundle = Bundle(path, info.get("config", {}), {}, info.get("tokenizer"))
     bundle.training_state = info.get("training_state", {})
-    bundle.manifest, bundle.notices = verified(path, manifest, optimizer)
+    bundle.manifest, bundle.notices = checked.manifest, checked.notices
+    if optimizer and "training_state" not in info:
+        bundle.notices.append(f"{path.name}: no training_state.json; its steps count from 0")
+    if checked.manifest is None:
+        _check_archives(path, optimizer)
     bundle.state_dict, model_file = _weights(path)
     if optimizer and (path / "optimizer.pt").is_file():
-        state = _load(path / "optimizer.pt")
+        state = load(path / "optimizer.pt")
         if not isinstance(state, dict) or "param_groups" not in state:
             raise IntegrityError(f"{path / 'optimizer.pt'}: not an optimizer state")
         master = state.pop("master_weights", None)
@@ -247,8 +318,18 @@ def read(path: Path, *, optimizer: bool = True) -> Bundle:
     return bundle
 
 
+def _check_archives(path: Path, optimizer: bool) -> None:
+    """Without our hashes, the archives' own CRC-32 finds a flipped bit."""
+    for name in TENSOR_FILES if optimizer else ("model.pt",):
+        if (path / name).is_file() and not is_whole_archive(path / name):
+            raise IntegrityError(
+                f"cannot read {path / name}", "it is no archive of torch.save, or was damaged",
+                f"restore it, or resume from {path.name}_gold if it exists",
+            )  # fmt: skip
+
+
 def _weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    content = _load(path / "model.pt")
+    content = load(path / "model.pt")
     if not isinstance(content, dict):
         raise IntegrityError(
             f"{path / 'model.pt'}: expected a dict", f"found {type(content).__name__}"
@@ -258,16 +339,3 @@ def _weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise IntegrityError(f"{path / 'model.pt'}: not a dict of tensors")
     return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, wrapped
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing") from e
-    except Exception as e:  # junk bytes surface as any of a dozen types, struct.error among them
-        raise IntegrityError(
-            f"cannot read {path}",
-            _first_line(e),
-            f"restore it, or resume from {path.parent}_gold if it exists",
-        ) from e

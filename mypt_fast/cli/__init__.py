@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "generate": "write text with a trained model",
     "inspect": "show what a run directory holds",
+    "verify": "compare every byte of a checkpoint with its hashes",
+    "verify-resume": "prove that a run continues bit for bit",
     "configs": "list, show and check model presets",
     "params": "count parameters and bytes of an architecture",
     "prepare": "turn text into a dataset of token shards",
@@ -76,7 +78,7 @@ def spell(argv: list[str]) -> list[str]:
 
 
 def _front() -> Parser:
-    rows = "\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13} {line}" for name, line in COMMANDS.items())
     parser = Parser(
         prog="mypt-fast",
         usage="mypt-fast COMMAND [options]",
@@ -98,6 +100,7 @@ def _dispatch(argv: list[str]) -> int:
             raise MyptError(f"{name} comes before the command", cure=cure)
         _front().parse_or_suggest(spell(argv) or ["--help"])
         raise MyptError("no command given", cure="see `mypt-fast --help`")
+    name = name.replace("_", "-")
     if name not in COMMANDS:
         near = difflib.get_close_matches(name.lower(), COMMANDS, 1)
         cure = f"did you mean '{near[0]}'?" if near else f"commands: {', '.join(COMMANDS)}"
@@ -105,7 +108,7 @@ def _dispatch(argv: list[str]) -> int:
     # One other busy program makes OpenMP's default spinning cost 11x of a step; sleeping costs
     # nothing measurable (docs/decisions.md). Read by the runtime when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    module = importlib.import_module(f"mypt_fast.cli.cmd_{name}")
+    module = importlib.import_module(f"mypt_fast.cli.cmd_{name.replace('-', '_')}")
     parser = Parser(
         prog=f"mypt-fast {name}",
         description=getattr(module, "DESCRIPTION", module.HELP),

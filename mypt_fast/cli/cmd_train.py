@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mypt_fast import console, settings
+from mypt_fast import console, publish, settings
 from mypt_fast.cli import flags
 from mypt_fast.config import ModelConfig, TrainConfig
 
@@ -57,23 +57,41 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {}
     for section in (ModelConfig, TrainConfig, settings.DataConfig):
         given |= flags.given(args, section)
-    resolved = settings.resolve(
-        given,
-        model_name=getattr(args, "model_name", None),
-        config_file=getattr(args, "config_file", None),
-        strict=getattr(args, "strict", False),
-    )
-    for notice in resolved.notices:
+    options: dict[str, Any] = {
+        "model_name": getattr(args, "model_name", None),
+        "config_file": getattr(args, "config_file", None),
+        "strict": getattr(args, "strict", False),
+    }
+    dry_run = getattr(args, "dry_run", False)
+    run_dir = settings.run_dir(options["model_name"], options["config_file"])
+    from mypt_fast.checkpoint.lock import RunLock
+
+    with RunLock(run_dir.with_name(run_dir.name + end) for end in ("", "_gold", "_fp16")) as lock:
+        if not dry_run and run_dir.parent.is_dir():
+            _own(run_dir, lock)
+        resolved = settings.resolve(given, **options)
+        for notice in resolved.notices:
+            console.notice(f"note: {notice}")
+        if resolved.train.terminal_log_file:
+            console.tee(Path(resolved.train.terminal_log_file))
+        return _train(resolved, dry_run, lock)
+
+
+def _own(run_dir: Path, lock: Any) -> None:
+    """Lock out other trainers, then put a damaged checkpoint right, before anything is read."""
+    from mypt_fast.checkpoint.snapshots import settle
+
+    lock.acquire()
+    publish.clean_stale(run_dir)
+    for notice in settle(run_dir):
         console.notice(f"note: {notice}")
-    if resolved.train.terminal_log_file:
-        console.tee(Path(resolved.train.terminal_log_file))
-    return _train(resolved, dry_run=getattr(args, "dry_run", False))
 
 
-def _train(resolved: settings.Settings, dry_run: bool) -> int:
+def _train(resolved: settings.Settings, dry_run: bool, lock: Any) -> int:
     # imported here: a wrong setting is reported before torch is loaded
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
+    from mypt_fast.training.store import check_space
     from mypt_fast.training.trainer import Trainer, use_compile
 
     with console.byte_progress() as progress:
@@ -85,12 +103,17 @@ def _train(resolved: settings.Settings, dry_run: bool) -> int:
     if start < resolved.train.max_iters or not resolved.resume:
         for line in plan_lines(opened, start, compiled):
             console.say(line)
+    if tight := check_space(resolved):
+        console.notice(f"note: {tight}")
     if dry_run or resolved.train.max_iters == 0:
         console.say("dry run: settings and data are good; nothing was trained")
         opened.close()
         return 0
     live = console.Live(resolved.train.max_iters, start)
     try:
+        lock.acquire()
+        for notice in lock.notices:
+            console.notice(f"note: {notice}")
         return Trainer(opened, live).train()
     finally:
         live.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from mypt_fast.checkpoint import bundle as bundles
 from mypt_fast.config import GoldSelection
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.model import GPT
+from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.gold import GoldState
@@ -51,6 +54,7 @@ class Store:
         self.run, self.log, self.settings = run, log, run.settings
         self.start_step = 0
         self.progress = Progress()
+        self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
         self.model: GPT
         self.optimizer: torch.optim.Optimizer
         self.scaler: torch.amp.GradScaler
@@ -66,21 +70,54 @@ class Store:
     # saving
 
     def save(self, step: int) -> None:
-        """Publish the run directory at `step`."""
-        self._write(self.settings.run_dir, step, self.settings.model.save_dtype)
+        """Publish the run directory at `step`. A save that fails is logged, not raised."""
+        keep = self.settings.train.keep_last
+        self._try(self.settings.run_dir, step, self.settings.model.save_dtype, keep_last=keep)
 
     def save_gold(self, step: int) -> None:
         """Publish the gold directory, optimizer included: a run can continue from it."""
-        self._write(self.gold_dir, step, self.settings.model.save_dtype)
+        self._try(self.gold_dir, step, self.settings.model.save_dtype)
 
     def save_fp16(self, step: int) -> Path:
         """Publish half-precision weights to deploy, without optimizer; returns the directory."""
         target = self._beside("_fp16")
-        self._write(target, step, "fp16", optimizer=False)
+        self._try(target, step, "fp16", optimizer=False)
         return target
 
-    def _write(self, target: Path, step: int, dtype: str | None, optimizer: bool = True) -> None:
-        self.log.sync()
+    def raise_if_unsaved(self) -> None:
+        """At the end of a run: raise CheckpointError for a save that failed and was not made up."""
+        for failure in self.unsaved.values():
+            raise failure
+
+    def _try(self, target: Path, step: int, dtype: str | None, **options: Any) -> None:
+        """Save; where the disk refuses, keep the old checkpoint, say so and go on training.
+
+        The next save point tries again; `raise_if_unsaved` has the last word.
+        """
+        try:
+            self._write(target, step, dtype, **options)
+        except CheckpointError as e:
+            self.unsaved[target] = e
+            console.notice(f"step {step}: {e.what}; {e.found}; training goes on")
+            with contextlib.suppress(OSError):  # the log's disk may be the full one
+                self.log.write("save_failed", iter=step, target=str(target), error=e.found)
+        else:
+            self.unsaved.pop(target, None)
+
+    def _write(
+        self,
+        target: Path,
+        step: int,
+        dtype: str | None,
+        optimizer: bool = True,
+        keep_last: int = 0,
+    ) -> None:
+        try:
+            self.log.sync()
+        except OSError as e:
+            raise CheckpointError(
+                f"cannot save {target}: its log {self.log.path}", e.strerror or str(e)
+            ) from e
         preset = self.settings.preset_path
         bundles.write(
             target,
@@ -93,6 +130,7 @@ class Store:
             original_config=preset.read_bytes() if preset and preset.is_file() else None,
             save_dtype=dtype,
             state=self._resume_state(step) if optimizer else {"step": step},
+            keep_last=keep_last,
         )
 
     def _training_state(self, step: int, dtype: str | None, optimizer: bool) -> dict[str, Any]:
@@ -172,7 +210,9 @@ class Store:
 
     def read(self) -> bundles.Bundle | None:
         """Read and verify the run directory, None for a new run."""
-        return bundles.read(self.settings.run_dir) if self.settings.resume else None
+        # settings came from this directory: another state's weights would not be theirs
+        run_dir = self.settings.run_dir
+        return bundles.read(run_dir, walk_back=False) if self.settings.resume else None
 
     def restore_weights(self, saved: bundles.Bundle) -> None:
         """Load the weights into the model; raises CheckpointError if they do not fit."""
@@ -261,6 +301,43 @@ class Store:
                     f"{self.log.path}: {dropped} bytes from after step {self.start_step} dropped; "
                     "those steps run again"
                 )
+
+
+def save_bytes(settings: Settings) -> int:
+    """Bytes of one save of the run directory: weights, two moments, exact weights if rounded."""
+    total = accounting.count_parameters(settings.model).total
+    dtype = settings.model.save_dtype
+    weights = 4 if bundles.DTYPES[dtype or "fp32"] is torch.float32 else 2 + 4
+    return total * (weights + 8) + (1 << 20)  # JSON, archive heads
+
+
+def check_space(settings: Settings) -> str | None:
+    """Refuse a run whose first save would not fit; returns a notice where the rest may not.
+
+    A save is written aside before the old one is removed, so that each needs its own bytes.
+
+    Raises:
+        CheckpointError: before hours are spent.
+    """
+    folder = settings.run_dir.parent
+    try:
+        disk = os.statvfs(folder if folder.is_dir() else ".")
+    except OSError:
+        return None
+    free, one = disk.f_bavail * disk.f_frsize, save_bytes(settings)
+    if not disk.f_blocks:  # a file system that does not say
+        return None
+    text = f"{folder} has {console.bytes_text(free)} free"
+    if free < one:
+        raise CheckpointError(
+            f"the first save needs {console.bytes_text(one)}", text,
+            "free some space, or make checkpoints/ a link to a larger disk",
+        )  # fmt: skip
+    copies = 1 if settings.resume else 3 + settings.train.keep_last  # run, gold, one being written
+    if free < one * copies:
+        need = console.bytes_text(one * copies)
+        return f"{text}; run, gold and {settings.train.keep_last} older states may take {need}"
+    return None
 
 
 def _tensor(text: str) -> torch.Tensor:

@@ -220,6 +220,7 @@ class Trainer:
                 progress.gold.gold_step,
                 progress.gold.best_gold_val_loss,
             )
+        self.store.raise_if_unsaved()
         for line in console.finished_lines(str(self.settings.run_dir), str(fp16), gold):
             console.say(line)
 
@@ -232,6 +233,7 @@ class Trainer:
             devices.set_rng_state(self.rng_at_step, self.device)
         self.live.clear()
         self.store.save(self.step)
+        self.store.raise_if_unsaved()
         console.say(
             f"stopped at step {self.step} of {self.train_cfg.max_iters}; continue with "
             f"`mypt-fast train --model_name {self.settings.model_name}`"

@@ -274,9 +274,12 @@ def test_a_save_that_died_between_two_renames_is_found_again(train) -> None:
 
 
 def test_what_is_left_of_a_checkpoint_is_not_written_over(train, capsys) -> None:
-    assert train("a") == 0
+    assert train("a", "--keep_last", "0") == 0
     Path("checkpoints/a/config.json").unlink()
     before = Path("checkpoints/a/model.pt").read_bytes()
+    assert train("a") == 3
+    assert "config.json is missing" in capsys.readouterr().err
+    Path("checkpoints/a/manifest.json").unlink()
     assert train("a") == 2
     assert "model.pt without config.json" in capsys.readouterr().err
     assert Path("checkpoints/a/model.pt").read_bytes() == before
@@ -298,7 +301,9 @@ def test_a_linked_run_directory_stays_a_link(train) -> None:
     assert train("a", "--max_iters", "13", resume=True) == 0
     assert Path("checkpoints/a").is_symlink()
     assert bundle.read_info(Path("big/a"))["training_state"]["step"] == 13
-    assert [p.name for p in Path("checkpoints").iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in Path("checkpoints").iterdir() if p.name[0] == "."] == [
+        ".a.step-000000010"
+    ]
 
 
 def test_a_state_without_a_scaler_resumes_into_one_with(train, monkeypatch) -> None:
@@ -337,7 +342,7 @@ def test_a_bundle_without_manifest_and_optimizer_continues_with_notices(train, c
 
 
 def test_a_flipped_bit_is_found_before_it_is_used(train, capsys, monkeypatch) -> None:
-    assert train("a") == 0
+    assert train("a", "--keep_last", "0") == 0
     path = Path("checkpoints/a/optimizer.pt")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -405,7 +405,7 @@ def test_signal_handlers_are_put_back() -> None:
 
 
 def test_hostile_members_end_in_one_line(train, capsys) -> None:
-    assert train("a") == 0
+    assert train("a", "--keep_last", "0") == 0
     state = Path("checkpoints/a/training_state.json")
     good = state.read_text()
     for text in (
@@ -421,6 +421,9 @@ def test_hostile_members_end_in_one_line(train, capsys) -> None:
     state.write_text(good)
     config = Path("checkpoints/a/config.json")
     config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 3'))
+    assert train("a", "--max_iters", "20", resume=True) == 3
+    assert "n_layer cannot be edited" in error_line(capsys)
+    Path("checkpoints/a/manifest.json").unlink()
     assert train("a", "--max_iters", "20", resume=True) == 2
     assert "do not fit" in error_line(capsys)
 
