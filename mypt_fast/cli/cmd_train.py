@@ -19,7 +19,8 @@ examples:
   mypt-fast train --model_name books --max_iters 40000          continue with the same settings
   mypt-fast train --config 500M_1024 --dry_run                  check everything, train nothing
 
-Ctrl-C saves and stops; the resumed run equals one that was never stopped."""
+Ctrl-C saves and stops; the resumed run equals one that was never stopped. So do SIGTERM and
+SIGUSR1; a second Ctrl-C stops at once, and SIGUSR2 saves and goes on."""
 SUPPRESS = True
 
 
