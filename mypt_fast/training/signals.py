@@ -59,8 +59,6 @@ class StopSignal:
             self._save = True
         elif self.received is None:
             self.received = signal.Signals(number)
-            # os.write: print may be inside its own lock when a signal arrives
-            os.write(2, b"\nstopping: saving first (press Ctrl-C again to stop at once)\n")
             if self._at_once:
                 raise StopRequested
 
@@ -94,12 +92,15 @@ class StopSignal:
 
 
 def _watch(heard: int) -> None:
-    """Read the numbers of signals until the other end closes; a second one may end the process."""
+    """Answer signals until the other end closes; a SIGINT after another one ends the process."""
     is_stopping = False
     while data := os.read(heard, 64):
         for number in data:
             if is_stopping and number == signal.SIGINT:
                 os.write(2, b"\nstopped at once; the last saved checkpoint is intact\n")
                 os._exit(EXIT_CODES[signal.SIGINT])
-            is_stopping = is_stopping or number in EXIT_CODES
+            if not is_stopping and number in EXIT_CODES:
+                # os.write: print may be inside its own lock when a signal arrives
+                os.write(2, b"\nstopping: saving first (press Ctrl-C again to stop at once)\n")
+                is_stopping = True
     os.close(heard)

@@ -108,10 +108,10 @@ class Trainer:
             )
             return 0
         self.journal = Journal(self.run, self.log, start, self.store.sources())
-        self.journal.start()
         with StopSignal() as stop:
             self.stop = stop
             try:
+                self.journal.start()
                 while self.step < end:
                     self.stop.raise_if_set()
                     if self.stop.save_requested():
