@@ -156,9 +156,10 @@ def _take(log: Log, clock: _Clock, line: str) -> None:
         log.starts += 1
         log.model = _section(event, "model")
         return
-    if kind == "rollback":  # the steps since then were made again; why stays
+    back_to = number(event.get("back_to")) if kind == "rollback" else None
+    if back_to is not None:  # the steps since then were made again; why stays
         why = list(log.incidents)
-        log.rewind(int(number(event.get("back_to")) or 0))
+        log.rewind(int(back_to))
         log.incidents = why
     if kind == "training_complete":  # the last evaluation has no event of its own
         event = {**event, "val_loss": event.get("final_val_loss")}

@@ -118,7 +118,7 @@ def digest(name: str) -> dict[str, str]:
     position = {k: saved.manifest[k] for k in ("data", "rng", "progress", "scaler")}
     return {
         "weights": _sha(saved.state_dict),
-        "optimizer": _sha(moments) + hashlib.sha256(groups.encode()).hexdigest(),
+        "optimizer": hashlib.sha256((_sha(moments) + groups).encode()).hexdigest(),
         "position": hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest(),
         "log": hashlib.sha256(json.dumps(logged(name)).encode()).hexdigest(),
     }

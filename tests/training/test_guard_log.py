@@ -133,7 +133,7 @@ def test_plot_copes_with_every_kind_of_event(tmp_path: Path, monkeypatch, capsys
     log.write_text("".join(json.dumps(e) + "\n" for e in [start, *steps, *problems[:4]]))
     assert len(run_log.read_log(log).train) == 8
     with log.open("a") as f:
-        f.writelines(json.dumps(e) + "\n" for e in [problems[4], *again, *problems[6:]])
+        f.writelines(json.dumps(e) + "\n" for e in [problems[4], *again, *problems[5:]])
     read = run_log.read_log(log)
     x, y = run_log.series(read.train, "loss", "step")
     assert (x, y[4]) == (list(range(12)), pytest.approx(1.6))  # the steps before count no more
