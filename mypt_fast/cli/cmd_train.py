@@ -2,11 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mypt_fast import console, settings
 from mypt_fast.cli import flags
 from mypt_fast.config import ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from mypt_fast.training.trainer import Trainer
 
 HELP = "train a model, or continue a run"
 DESCRIPTION = """\
@@ -73,6 +76,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(resolved: settings.Settings, dry_run: bool) -> int:
     # imported here: a wrong setting is reported before torch is loaded
+    from mypt_fast.training.signals import StopRequested, StopSignal
+
+    with StopSignal() as stop:
+        try:
+            with stop.interruptible():
+                trainer = _prepared(resolved, dry_run)
+        except StopRequested:
+            console.notice("stopped before training began; there was nothing to save")
+            return stop.exit_code
+        if trainer is None:
+            return 0
+        try:
+            return trainer.train(stop)
+        finally:
+            trainer.live.close()
+            trainer.run.close()
+
+
+def _prepared(resolved: settings.Settings, dry_run: bool) -> "Trainer | None":
+    """Open data and weights and print the plan; None where that was all."""
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
     from mypt_fast.training.trainer import Trainer, use_compile
@@ -89,10 +112,11 @@ def _train(resolved: settings.Settings, dry_run: bool) -> int:
     if dry_run or resolved.train.max_iters == 0:
         console.say("dry run: settings and data are good; nothing was trained")
         opened.close()
-        return 0
+        return None
     live = console.Live(resolved.train.max_iters, start)
     try:
-        return Trainer(opened, live).train()
-    finally:
+        return Trainer(opened, live)
+    except BaseException:
         live.close()
         opened.close()
+        raise

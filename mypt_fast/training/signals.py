@@ -15,7 +15,7 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signa
 SAVE = signal.SIGUSR2
 
 
-class StopRequested(BaseException):
+class StopRequested(KeyboardInterrupt):
     """Raised at the next safe point after a signal; no `except Exception` on the way keeps it."""
 
 

@@ -98,8 +98,16 @@ class Trainer:
         if self.train_cfg.tensorboard:
             self.board = Board(self.train_cfg.tensorboard, self.log, self.step)
 
-    def train(self) -> int:
-        """Run to the end or to a signal; returns the exit code."""
+    def train(self, stop: StopSignal | None = None) -> int:
+        """Run to the end or to a signal; returns the exit code.
+
+        Args:
+            stop: entered already, if signals are to be heard before the training.
+        """
+        if stop is None:
+            with StopSignal() as stop:
+                return self.train(stop)
+        self.stop = stop
         start, end, progress = self.step, self.train_cfg.max_iters, self.store.progress
         if start >= end and progress.last_eval_step >= start:
             console.say(
@@ -108,32 +116,30 @@ class Trainer:
             )
             return 0
         self.journal = Journal(self.run, self.log, start, self.store.sources())
-        with StopSignal() as stop:
-            self.stop = stop
-            try:
-                self.journal.start()
-                while self.step < end:
-                    self.stop.raise_if_set()
-                    if self.stop.save_requested():
-                        self._save()
-                        console.say(f"saved at step {self.step}, as SIGUSR2 asked")
-                    if self._evaluation_is_due():
-                        self._evaluate()
-                    if not self._train_step():
-                        continue
-                    self.step += 1
-                    interval = self.train_cfg.save_interval
-                    if interval and self.step % interval == 0:
-                        self._save()
-                self._finish()
-                return 0
-            except StopRequested:
-                self._stop_early()
-            finally:
-                self.live.close()
-                self.log.close()
-                if self.board is not None:
-                    self.board.close()
+        try:
+            self.journal.start()
+            while self.step < end:
+                self.stop.raise_if_set()
+                if self.stop.save_requested():
+                    self._save()
+                    console.say(f"saved at step {self.step}, as SIGUSR2 asked")
+                if self._evaluation_is_due():
+                    self._evaluate()
+                if not self._train_step():
+                    continue
+                self.step += 1
+                interval = self.train_cfg.save_interval
+                if interval and self.step % interval == 0:
+                    self._save()
+            self._finish()
+            return 0
+        except StopRequested:
+            self._stop_early()
+        finally:
+            self.live.close()
+            self.log.close()
+            if self.board is not None:
+                self.board.close()
         return stop.exit_code
 
     # a step

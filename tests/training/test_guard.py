@@ -25,12 +25,14 @@ from mypt_fast.training.guard import (
     after_roll_back,
     agreed,
     fault,
+    is_out_of_memory,
     judge,
     spike,
 )
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.trainer import Trainer
 
+LONG = ["--max_iters", "40", "--eval_interval", "20", "--learning_rate", "1e-3"]
 G = 8  # sequences a step, in micro-steps of 2
 NOISE = [2.0 + 0.02 * math.sin(7 * i) for i in range(WINDOW)]
 
@@ -165,6 +167,16 @@ def test_state_round_trips_through_json() -> None:
 
 
 # steps that are not taken
+
+
+def test_a_run_with_bad_batches_ends_where_one_without_them_does(train, monkeypatch) -> None:
+    assert train("clean", *LONG) == 0
+    poison(monkeypatch, {9 * G, *range(25 * G, 28 * G)}, "gradient")
+    assert train("bad", *LONG) == 0
+    assert len(events("bad", "skipped_step")) == 4
+    assert len(events("bad", "rollback")) == 1
+    ends = [events(n, "training_complete")[0]["final_val_loss"] for n in ("clean", "bad")]
+    assert ends[0] == pytest.approx(ends[1], rel=0.005)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -312,8 +324,6 @@ def test_a_run_that_nothing_brings_back_ends_in_one_line(train, monkeypatch, cap
 
 # spikes
 
-LONG = ["--max_iters", "40", "--eval_interval", "20", "--learning_rate", "1e-3"]
-
 
 def test_a_poisoned_batch_is_logged_with_its_samples_and_changes_nothing_else(
     train, monkeypatch
@@ -342,14 +352,14 @@ def test_a_spike_can_be_left_out(train, monkeypatch, action, expected) -> None:
 # memory
 
 
-def short_of_memory(monkeypatch, rows: int, error: type = torch.OutOfMemoryError) -> None:
+def short_of_memory(monkeypatch, rows: int) -> None:
     """Forward passes in training fit `rows` sequences; the second micro-step finds out."""
     forward, count = GPT.forward, [0]
 
     def forward_(self: GPT, *args, **inputs):
         count[0] += self.training
         if self.training and count[0] > 13 and len(inputs["idx"]) > rows:
-            raise error("can't allocate memory: you tried to allocate 1 GiB")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return forward(self, *args, **inputs)
 
     monkeypatch.setattr(GPT, "forward", forward_)
@@ -369,14 +379,23 @@ def recorded(monkeypatch) -> list[tuple[int, list]]:
     return seen
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+@pytest.mark.parametrize(("error", "is_it"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+    (MemoryError(), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+    (RuntimeError("shapes do not match"), False),
+])  # fmt: skip
+def test_what_is_taken_for_a_lack_of_memory(error, is_it) -> None:
+    assert is_out_of_memory(error) is is_it
+
+
 def test_memory_that_runs_out_halves_the_micro_batch_and_repeats_the_step(
-    train, monkeypatch, error
+    train, monkeypatch
 ) -> None:
     flags = ["--dropout", "0", "--micro_batch_size", "4"]
     assert train("whole", *flags) == 0
     with monkeypatch.context() as patched:
-        short_of_memory(patched, 1, error)
+        short_of_memory(patched, 1)
         seen = recorded(patched)
         assert train("short", *flags) == 0
     # step 6 fails at its second micro-batch, twice: 4 sequences, then 2

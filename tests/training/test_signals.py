@@ -56,6 +56,20 @@ def test_what_waits_for_ever_is_left_saved_and_repeated(
     assert_same_run("whole", "parts")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_before_training_a_signal_leaves_everything_as_it_was(
+    train, monkeypatch, capsys, resume
+) -> None:
+    if resume:
+        assert train("a") == 0
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    stall_at(monkeypatch, Store, "read", 1, signal.SIGTERM)
+    assert train("a", "--max_iters", "20", resume=resume) == 143
+    assert "before training began" in capsys.readouterr().err
+    after = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file() and p.stat().st_size}
+    assert after == before
+
+
 def test_a_signal_while_saving_lets_the_save_finish_and_saves_no_second_time(
     train, monkeypatch
 ) -> None:
