@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Mark:
     loader: Loader
     position: int
     rng: dict[str, Tensor]
-    scaler: dict[str, Any]
+    scaler: dict[str, Any] | None = None  # before the scale was lowered, if it was
 
 
 class Trainer:
@@ -148,8 +148,7 @@ class Trainer:
         """Train on the next global batch; False where the weights did not move."""
         began = time.perf_counter()
         loader = self.run.phase_at(self.step).train
-        rng, scaler = devices.rng_state(self.device), self.scaler.state_dict()
-        self.mark = mark = Mark(loader, loader.position, rng, scaler)
+        self.mark = mark = Mark(loader, loader.position, devices.rng_state(self.device))
         loss, norm = self._gradients(loader)
         state = self.store.progress.guard
         if self._phase_is_new():
@@ -192,6 +191,7 @@ class Trainer:
                 clip = self.train_cfg.grad_clip or math.inf
                 norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
             except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+                self.stop.raise_if_set()  # what interrupted a compiler may come out as its error
                 if not is_out_of_memory(e):
                     raise
                 found = first_line(e)
@@ -207,8 +207,10 @@ class Trainer:
             if found:
                 self._shrink(found)
             else:
-                state = {**self.scaler.state_dict(), "scale": scale / 2, "_growth_tracker": 0}
-                self._set_scale(state)
+                before = self.scaler.state_dict()
+                assert self.mark is not None
+                self.mark = replace(self.mark, scaler=before)
+                self._set_scale({**before, "scale": scale / 2, "_growth_tracker": 0})
                 self.journal.loss_scale(self.step, scale / 2)
 
     def _shrink(self, found: str) -> None:
@@ -219,7 +221,7 @@ class Trainer:
             raise DeviceError(
                 f"out of memory at step {self.step} with one sequence per forward",
                 found,
-                "pass --use_checkpoint, lower --block_size, or free memory; the run is saved",
+                "pass --use_checkpoint, free memory, or train a smaller model; the run is saved",
             )
         self.run.micro_batch = rows = was // 2
         if self.train_cfg.micro_batch_size:
@@ -240,7 +242,7 @@ class Trainer:
         self.mark.loader.rewind_step()
         self.mark.loader.position = self.mark.position
         devices.set_rng_state(self.mark.rng, self.device)
-        self._set_scale(self.mark.scaler)
+        self._set_scale(self.mark.scaler or self.scaler.state_dict())
 
     def _set_scale(self, state: dict[str, Any]) -> None:
         """Give the scaler a state, and let it forget the gradients that it unscaled."""
@@ -325,6 +327,7 @@ class Trainer:
                 with self.stop.interruptible(), self.precision.autocast():
                     return mean_loss(self.model, loader, windows, rows, self.device)
             except (MemoryError, RuntimeError) as e:
+                self.stop.raise_if_set()
                 if not is_out_of_memory(e) or rows == 1:
                     raise
                 found = first_line(e)
