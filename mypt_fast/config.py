@@ -226,6 +226,19 @@ class TrainConfig:
     keep_last: int = opt(1, "older states kept, hidden, to go back to when one is damaged", lo=0)
     log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
     terminal_log_file: str | None = opt(None, "also write the terminal output here")
+    tensorboard: str | None = opt(None, "also write the log's events here, for TensorBoard")
+    nonfinite_limit: int = opt(
+        3,
+        "steps in a row with a loss or gradient that is not finite before the run goes back to "
+        "its last checkpoint and skips their data; each is skipped; 0: stop at the first",
+        lo=0,
+    )
+    spike_action: str = opt(
+        "log",
+        "what a training loss far above the ones before it does, beside an event; skip: its step "
+        "is not taken; rollback: back to the last checkpoint, and past its data",
+        choices=("log", "skip", "rollback"),
+    )
     freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)
     freeze_embeddings: bool = opt(False, "do not train the embeddings")
     eval_sets: dict[str, str] | None = opt(

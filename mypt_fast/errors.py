@@ -57,3 +57,7 @@ class DataChangedError(IntegrityError):
 
 class TokenRangeError(DataError):
     """A token id that the model has no embedding for."""
+
+
+class DivergedError(MyptError):
+    """A run whose losses or gradients are no longer numbers, and that nothing brings back."""

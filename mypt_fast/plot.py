@@ -22,6 +22,9 @@ INK, FAINT = "#22262e", "#8b93a1"
 TRAIN, VAL, GOLD = "#3b6fb6", "#d1495b", "#e3a008"
 OTHERS = ("#2a9d8f", "#8e5ea2", "#b5762a", "#5c7c3a", "#c2569b", "#4d4d4d")
 RUNS = ("#3b6fb6", "#d1495b", "#2a9d8f", "#8e5ea2", "#b5762a", "#5c7c3a", "#c2569b", "#4d4d4d")
+INCIDENT_MARKS = {
+    "skipped_step": ("x", VAL), "loss_spike": ("^", VAL), "rollback": ("<", INK), "oom": ("s", INK),
+}  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -161,6 +164,19 @@ class _Panels:
             at = position(p, self.axis)
             if at is not None:
                 self._phase(at / self.scale, str(p.values.get("new_phase", "")))
+        self._incidents(log)
+
+    def _incidents(self, log: Log) -> None:
+        """Mark steps that were skipped, spiked or rolled back on the upper edge."""
+        for kind in dict.fromkeys(str(p.values["event"]) for p in log.incidents):
+            points = [p for p in log.incidents if p.values["event"] == kind]
+            x = [at / self.scale for p in points if (at := position(p, self.axis)) is not None]
+            mark, colour = INCIDENT_MARKS[kind]
+            self.loss.scatter(
+                x, [0.97] * len(x), marker=mark, s=34, color=colour, zorder=5, clip_on=False,
+                transform=self.loss.get_xaxis_transform(), linewidths=1,
+                label=f"{kind.replace('_', ' ')} ({len(x)})",
+            )  # fmt: skip
 
     def _phase(self, x: float, name: str) -> None:
         self.loss.axvline(x, color=FAINT, linewidth=0.9, linestyle=":")

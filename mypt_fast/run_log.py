@@ -16,6 +16,8 @@ from typing import Any
 
 from mypt_fast.errors import DataError
 
+INCIDENTS = ("skipped_step", "loss_spike", "rollback", "oom")
+
 
 @dataclass
 class Point:
@@ -38,6 +40,7 @@ class Log:
     gold: list[Point] = field(default_factory=list)
     blocked: list[Point] = field(default_factory=list)
     phases: list[Point] = field(default_factory=list)
+    incidents: list[Point] = field(default_factory=list)  # of the kinds in INCIDENTS
     model: dict[str, Any] = field(default_factory=dict)
     junk: int = 0
     starts: int = 0
@@ -52,7 +55,7 @@ class Log:
         """Drop what a resumed run logs again; the evaluation a checkpoint was saved at stays."""
         for points, keep_step in (
             (self.train, False), (self.evals, True), (self.gold, True), (self.blocked, True),
-            (self.phases, False),
+            (self.phases, False), (self.incidents, False),
         ):  # fmt: skip
             limit = step + 1 if keep_step and step > 0 else step
             points[:] = [p for p in points if p.step < limit]
@@ -153,6 +156,11 @@ def _take(log: Log, clock: _Clock, line: str) -> None:
         log.starts += 1
         log.model = _section(event, "model")
         return
+    back_to = number(event.get("back_to")) if kind == "rollback" else None
+    if back_to is not None:  # the steps since then were made again; why stays
+        why = list(log.incidents)
+        log.rewind(int(back_to))
+        log.incidents = why
     if kind == "training_complete":  # the last evaluation has no event of its own
         event = {**event, "val_loss": event.get("final_val_loss")}
         event["iter"] = clock.step + int(number(event.get("total_steps")) or 0)
@@ -160,7 +168,7 @@ def _take(log: Log, clock: _Clock, line: str) -> None:
         "train": log.train, "eval": log.evals, "training_complete": log.evals,
         "gold_checkpoint": log.gold,
         "gold_checkpoint_final_eval": log.gold, "gold_blocked": log.blocked,
-        "phase_switch": log.phases,
+        "phase_switch": log.phases, **dict.fromkeys(INCIDENTS, log.incidents),
     }.get(kind)  # fmt: skip
     step = number(event.get("iter"))
     if where is None or step is None:

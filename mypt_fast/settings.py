@@ -100,7 +100,11 @@ def resolve(
     out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
     saved_run = _known(saved_state.get("training_config"), TrainConfig)
     if name != (saved_state.get("training_config") or {}).get("model_name", name):
-        for key in ("log_file", "terminal_log_file"):  # a gold directory is a run of its own
+        for key in (
+            "log_file",
+            "terminal_log_file",
+            "tensorboard",
+        ):  # a gold directory is a run of its own
             saved_run.pop(key, None)
     from_preset = _given(preset, preset.train) if preset else {}
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}

@@ -36,7 +36,8 @@ start here:
   mypt-fast generate --model_name book --prompt "Once upon"
 
 `mypt-fast COMMAND --help` explains a command. Names take - or _ alike.
-exit codes: 0 done, 1 a defect of ours, 2 usage or input, 3 corrupt data, 130 interrupted
+exit codes: 0 done, 1 a defect of ours, 2 usage or input, 3 corrupt data, 130 interrupted;
+train saves and stops at SIGINT (130), SIGTERM (143), SIGUSR1 (138) and SIGHUP (129)
 """
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from mypt_fast import console
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             "resumed": max(0, log.starts - 1), "skipped_lines": log.junk, "not_finite": bad,
             "final_val_loss": losses[-1] if losses else None,
             "best_val_loss": min(losses, default=None),
+            "incidents": dict(Counter(str(p.values["event"]) for p in log.incidents)),
         })  # fmt: skip
     out = Path(args.out)
     plot.draw(logs, out, axis=args.x, title=args.title)

@@ -2,11 +2,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mypt_fast import console, publish, settings
 from mypt_fast.cli import flags
 from mypt_fast.config import ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from mypt_fast.training.trainer import Trainer
 
 HELP = "train a model, or continue a run"
 DESCRIPTION = """\
@@ -19,7 +22,8 @@ examples:
   mypt-fast train --model_name books --max_iters 40000          continue with the same settings
   mypt-fast train --config 500M_1024 --dry_run                  check everything, train nothing
 
-Ctrl-C saves and stops; the resumed run equals one that was never stopped."""
+Ctrl-C saves and stops; the resumed run equals one that was never stopped. So do SIGTERM and
+SIGUSR1; a second Ctrl-C stops at once, and SIGUSR2 saves and goes on."""
 SUPPRESS = True
 
 
@@ -89,6 +93,26 @@ def _own(run_dir: Path, lock: Any) -> None:
 
 def _train(resolved: settings.Settings, dry_run: bool, lock: Any) -> int:
     # imported here: a wrong setting is reported before torch is loaded
+    from mypt_fast.training.signals import StopRequested, StopSignal
+
+    with StopSignal() as stop:
+        try:
+            with stop.interruptible():
+                trainer = _prepared(resolved, dry_run, lock)
+        except StopRequested:
+            console.notice("stopped before training began; there was nothing to save")
+            return stop.exit_code
+        if trainer is None:
+            return 0
+        try:
+            return trainer.train(stop)
+        finally:
+            trainer.live.close()
+            trainer.run.close()
+
+
+def _prepared(resolved: settings.Settings, dry_run: bool, lock: Any) -> "Trainer | None":
+    """Open data and weights and print the plan; None where that was all."""
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
     from mypt_fast.training.store import check_space
@@ -108,13 +132,14 @@ def _train(resolved: settings.Settings, dry_run: bool, lock: Any) -> int:
     if dry_run or resolved.train.max_iters == 0:
         console.say("dry run: settings and data are good; nothing was trained")
         opened.close()
-        return 0
+        return None
     live = console.Live(resolved.train.max_iters, start)
     try:
         lock.acquire()
         for notice in lock.notices:
             console.notice(f"note: {notice}")
-        return Trainer(opened, live).train()
-    finally:
+        return Trainer(opened, live)
+    except BaseException:
         live.close()
         opened.close()
+        raise

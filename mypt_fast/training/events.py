@@ -1,12 +1,15 @@
 """The JSONL log: one object a line, one writer, the truth of a run (MyPT specification 7)."""
 
 import datetime
+import io
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from mypt_fast import console
 from mypt_fast.errors import CheckpointError
 
 SCHEMA = 1
@@ -15,13 +18,22 @@ SCHEMA = 1
 class EventLog:
     """Appends events; the file is opened at the first one.
 
+    A line is written whole or not at all, as far as a process can say: a full disk keeps lines
+    here until it takes them, and what a power cut left of a last line is cut before the next.
+
+    Attributes:
+        listeners: called with every event, such as what feeds TensorBoard.
+
     Raises:
         CheckpointError: at once, if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: IO[bytes] | None = None
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self._open: io.FileIO | None = None
+        self._waiting = b""  # what the disk has not taken
+        self._complete = 0  # bytes of whole lines in the file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab"):
@@ -32,25 +44,47 @@ class EventLog:
             ) from e
 
     @property
-    def _file(self) -> IO[bytes]:
+    def _file(self) -> io.FileIO:
         if self._open is None:
-            self._open = open(self.path, "ab")  # noqa: SIM115
+            _mend(self.path)
+            self._open = io.FileIO(self.path, "a")
+            self._complete = self._open.seek(0, os.SEEK_END)
         return self._open
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with a local naive ISO timestamp after `event` and `iter`."""
-        record = {"event": event}
+        record: dict[str, Any] = {"event": event}
         if "iter" in fields:
             record["iter"] = fields.pop("iter")
         record["timestamp"] = datetime.datetime.now().isoformat()
-        line = json.dumps({**record, **fields}, ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()  # a killed process loses nothing; a power cut, at most the tail
+        record.update(fields)
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        # unbuffered: a killed process loses nothing; a power cut, at most the tail
+        self._append(line.encode() + b"\n")
+        for listener in self.listeners:
+            listener(record)
+
+    def _append(self, data: bytes) -> None:
+        was_waiting = bool(self._waiting)
+        self._waiting += data
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting) or 0
+                whole = self._waiting.rfind(b"\n", 0, written) + 1
+                if whole:
+                    self._complete = self._file.tell() - written + whole
+                self._waiting = self._waiting[written:]
+        except OSError as e:
+            if not was_waiting:
+                console.notice(f"note: {self.path}: {e.strerror}; events wait for the disk")
+            return
+        if was_waiting:
+            console.notice(f"note: {self.path}: the disk has taken the events that waited")
 
     @property
     def position(self) -> int:
-        """Bytes written so far."""
-        return self._file.tell()
+        """Bytes of whole lines in the file."""
+        return self._complete if self._file else 0
 
     def rewind(self, position: int) -> int:
         """Drop what was logged after `position`: the resumed run logs those steps again.
@@ -66,14 +100,49 @@ class EventLog:
 
     def sync(self) -> None:
         """Put the log on the disk; called before a checkpoint that records its position."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._append(b"")
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as e:  # the lines are in the file; a run does not end for their durability
+            console.notice(f"note: {self.path}: {e.strerror}")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, with a last attempt at what waits."""
         if self._open is not None:
+            self._append(b"")
             self._open.close()
             self._open = None
+
+
+def _mend(path: Path) -> None:
+    """End the last line: what a power cut left of one of ours is cut, anything else gets its end.
+
+    A file system may have made the file longer before it wrote the bytes: zeros are cut too.
+    """
+    with open(path, "r+b") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - _LONGEST))
+        tail = f.read()
+        line = tail[tail.rfind(b"\n") + 1 :]
+        text = line.rstrip(b"\0")
+        if not line:
+            return
+        if len(line) < _LONGEST and _BEGIN.startswith(text[: len(_BEGIN)]) and not _is_json(text):
+            f.truncate(size - len(line))
+        else:
+            f.write(b"\n")
+
+
+_BEGIN = b'{"event": "'
+_LONGEST = 1 << 20
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _ends_line(path: Path, position: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from typing import Any
 
@@ -11,8 +10,11 @@ from mypt_fast import accounting, console
 from mypt_fast.config import GoldSelection
 from mypt_fast.training.events import SCHEMA, EventLog, loss6
 from mypt_fast.training.gold import Decision, GoldState
+from mypt_fast.training.guard import Spike
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import warmup_steps
+
+Samples = tuple[int, int]
 
 # Fields MyPT logs for masked data; token datasets have no masks.
 NO_MASKS = {
@@ -83,8 +85,50 @@ class Journal:
             lr=lr,
             grad_norm=loss6(norm),
             tokens_per_sec=round(self.tokens_per_step / seconds),
-            **({} if math.isfinite(norm) else {"skipped": True}),
         )
+
+    # what went wrong; `samples` are the global samples [first, end) of the step
+
+    def skipped(self, step: int, reason: str, loss: float, norm: float, samples: Samples) -> None:
+        """Log a step that was not taken; the same step goes on with the next data."""
+        self.log.write(
+            "skipped_step", iter=step, reason=reason, loss=loss6(loss), grad_norm=loss6(norm),
+            samples=list(samples),
+        )  # fmt: skip
+        self.problem(f"step {step} is skipped: {reason} on samples {_range(samples)}")
+
+    def spike(self, step: int, loss: float, norm: float, spike: Spike, samples: Samples) -> None:
+        """Log a loss far above the ones before it."""
+        self.log.write(
+            "loss_spike", iter=step, loss=loss6(loss), grad_norm=loss6(norm),
+            median=loss6(spike.median), sigmas=round(spike.sigmas, 2),
+            action=self.train.spike_action, samples=list(samples),
+        )  # fmt: skip
+
+    def rollback(self, step: int, back_to: int, reason: str, samples: Samples) -> None:
+        """Log that the run went back to a checkpoint, and which samples it leaves out."""
+        self.log.write("rollback", iter=step, back_to=back_to, reason=reason, samples=list(samples))
+        self.problem(
+            f"step {step}: {reason}; back to step {back_to} and past samples {_range(samples)}"
+        )
+
+    def out_of_memory(
+        self, step: int, where: str, was: int, rows: int, found: str, samples: Samples | None
+    ) -> None:
+        """Log that memory ran out, and that forwards have `rows` sequences from here on."""
+        self.log.write(
+            "oom", iter=step, where=where, micro_batch_size=rows, was=was, found=found,
+            samples=list(samples) if samples else None,
+        )  # fmt: skip
+        self.problem(f"step {step}: out of memory; {rows} sequences per forward instead of {was}")
+
+    def loss_scale(self, step: int, scale: float) -> None:
+        """Log that gradients were too large for fp16, and at which scale the step is made again."""
+        self.log.write("loss_scale", iter=step, scale=scale)
+
+    def problem(self, text: str) -> None:
+        """Print one line of what went wrong."""
+        console.notice(f"note: {text}")
 
     def phase(self, step: int, name: str) -> None:
         """Log that the data changed."""
@@ -177,3 +221,7 @@ class Journal:
             f"final: train {train:.4f} | val {val:.4f} | {console.count(tokens)} tokens in "
             f"{console.span(elapsed)} | {tokens / elapsed:,.0f} tokens/s"
         )
+
+
+def _range(samples: Samples) -> str:
+    return f"{samples[0]} to {samples[1] - 1}"

@@ -20,6 +20,7 @@ from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.gold import GoldState
+from mypt_fast.training.guard import GuardState
 from mypt_fast.training.run import Run
 
 SHAPE_FIELDS = (
@@ -35,6 +36,7 @@ class Progress:
     gold: GoldState = field(default_factory=GoldState)
     last_eval_step: int = -1
     losses_since_eval: list[float] = field(default_factory=list)
+    guard: GuardState = field(default_factory=GuardState)
 
     def recent_train_loss(self) -> float | None:
         """Mean training loss since the last evaluation; None before the first step."""
@@ -255,6 +257,22 @@ class Store:
                 "delete it to continue without RNG, data position and gold state",
             ) from e
 
+    def roll_back(self) -> int:
+        """Make the run the one that its last checkpoint holds; returns the checkpoint's step.
+
+        The log keeps its lines: what happened in between did happen.
+
+        Raises:
+            CheckpointError, IntegrityError: if there is none that can be used.
+        """
+        saved, started = bundles.read(self.settings.run_dir), self.start_step
+        self.restore_weights(saved)
+        if saved.manifest:
+            saved.manifest.pop("log", None)
+        self.restore(saved)
+        step, self.start_step = self.start_step, started
+        return step
+
     def _restore_optimizer(self, saved: bundles.Bundle) -> None:
         if saved.optimizer is None:
             if self.start_step:
@@ -279,7 +297,9 @@ class Store:
         rng = {k: _tensor(v) for k, v in state["rng"].items()}
         devices.set_rng_state(rng, self.run.device)
         progress = dict(state["progress"])
-        self.progress = Progress(**{**progress, "gold": GoldState(**progress["gold"])})
+        guard = GuardState(**progress.get("guard", {}))  # absent in older bundles
+        gold = GoldState(**progress["gold"])
+        self.progress = Progress(**{**progress, "gold": gold, "guard": guard})
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for i, phase in enumerate(self.run.phases):
@@ -293,8 +313,8 @@ class Store:
                 console.notice(
                     f"data changed from {before} to {phase.source}: its order starts anew"
                 )
-        log = state["log"]
-        if (log.get("run"), log["path"]) == (self.settings.model_name, str(self.log.path)):
+        log = state.get("log") or {}
+        if (log.get("run"), log.get("path")) == (self.settings.model_name, str(self.log.path)):
             dropped = self.log.rewind(int(log["bytes"]))
             if dropped:
                 console.notice(

@@ -6,7 +6,9 @@ import math
 import os
 import shutil
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +17,39 @@ from mypt_fast import console
 from mypt_fast.checkpoint.bundle import check_writable
 from mypt_fast.config import GoldSelection, TrainConfig
 from mypt_fast.data.document_loader import Loader
-from mypt_fast.errors import ConfigError
+from mypt_fast.errors import ConfigError, DeviceError, DivergedError
 from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
+from mypt_fast.training.board import Board
 from mypt_fast.training.evaluate import mean_loss
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.feed import next_inputs, step_weight
 from mypt_fast.training.gold import Decision, decide
+from mypt_fast.training.guard import (
+    Verdict,
+    after_roll_back,
+    fault,
+    first_line,
+    is_out_of_memory,
+    judge,
+)
 from mypt_fast.training.journal import Journal
-from mypt_fast.training.optim import adamw
+from mypt_fast.training.optim import adamw, freeze
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import learning_rate
 from mypt_fast.training.signals import StopRequested, StopSignal
 from mypt_fast.training.store import Store
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a step began, to undo it: nothing else moves before the optimizer does."""
+
+    loader: Loader
+    position: int
+    rng: dict[str, Tensor]
+    scaler: dict[str, Any] | None = None  # before the scale was lowered, if it was
 
 
 class Trainer:
@@ -71,10 +92,22 @@ class Trainer:
         if use_compile(self.train_cfg, self.device):
             self.model.hidden = torch.compile(self.model.hidden)  # type: ignore[method-assign]
         self.step = self.store.start_step
-        self.rng_at_step: dict[str, Tensor] | None = None  # set while a step is under way
+        self.mark: Mark | None = None  # set while a step is under way
+        self.saved_step: int | None = None  # while the run directory holds what is here
+        self.board = None
+        if self.train_cfg.tensorboard:
+            self.board = Board(self.train_cfg.tensorboard, self.log, self.step)
 
-    def train(self) -> int:
-        """Run to the end or to a signal; returns the exit code."""
+    def train(self, stop: StopSignal | None = None) -> int:
+        """Run to the end or to a signal; returns the exit code.
+
+        Args:
+            stop: entered already, if signals are to be heard before the training.
+        """
+        if stop is None:
+            with StopSignal() as stop:
+                return self.train(stop)
+        self.stop = stop
         start, end, progress = self.step, self.train_cfg.max_iters, self.store.progress
         if start >= end and progress.last_eval_step >= start:
             console.say(
@@ -83,52 +116,173 @@ class Trainer:
             )
             return 0
         self.journal = Journal(self.run, self.log, start, self.store.sources())
-        self.journal.start()
-        with StopSignal() as stop:
-            self.stop = stop
-            try:
-                while self.step < end:
-                    self.stop.raise_if_set()
-                    if self._evaluation_is_due():
-                        self._evaluate()
-                    self._train_step()
-                    self.step += 1
-                    interval = self.train_cfg.save_interval
-                    if interval and self.step % interval == 0:
-                        self.store.save(self.step)
-                self._finish()
-                return 0
-            except StopRequested:
-                self._stop_early()
-            finally:
-                self.live.close()
-                self.log.close()
+        try:
+            self.journal.start()
+            while self.step < end:
+                self.stop.raise_if_set()
+                if self.stop.save_requested():
+                    self._save()
+                    console.say(f"saved at step {self.step}, as SIGUSR2 asked")
+                if self._evaluation_is_due():
+                    self._evaluate()
+                if not self._train_step():
+                    continue
+                self.step += 1
+                interval = self.train_cfg.save_interval
+                if interval and self.step % interval == 0:
+                    self._save()
+            self._finish()
+            return 0
+        except StopRequested:
+            self._stop_early()
+        finally:
+            self.live.close()
+            self.log.close()
+            if self.board is not None:
+                self.board.close()
         return stop.exit_code
 
     # a step
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> bool:
+        """Train on the next global batch; False where the weights did not move."""
         began = time.perf_counter()
-        self.rng_at_step = devices.rng_state(self.device)
+        loader = self.run.phase_at(self.step).train
+        self.mark = mark = Mark(loader, loader.position, devices.rng_state(self.device))
+        loss, norm = self._gradients(loader)
+        state = self.store.progress.guard
+        if self._phase_is_new():
+            state.losses.clear()  # those of other data say nothing
+        verdict = judge(
+            state, loss, [fault(loss, norm)],
+            limit=self.train_cfg.nonfinite_limit, spike_action=self.train_cfg.spike_action,
+        )  # fmt: skip
+        samples = (mark.position, mark.position + self.settings.global_batch)
+        if verdict.spike is not None:
+            self.journal.spike(self.step, loss, norm, verdict.spike, samples)
+        if verdict.action != "take":
+            self._leave_out(verdict, loss, norm, samples)
+            return False
         lr = learning_rate(self.step, self.train_cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = float(self._accumulate(self.run.phase_at(self.step).train))
-        self.scaler.unscale_(self.optimizer)
-        clip = self.train_cfg.grad_clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
-        if math.isfinite(norm) or self.precision.scaler:  # the scaler skips by itself
-            self.scaler.step(self.optimizer)
+        self.mark = self.saved_step = None  # from here on the step is not undone
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.rng_at_step = None
         seconds = time.perf_counter() - began
         self._note_phase()
         self.journal.step(self.step, loss, lr, norm, seconds)
-        if math.isfinite(loss):
-            self.store.progress.losses_since_eval.append(loss)
+        self.store.progress.losses_since_eval.append(loss)
         speed, peak = self.tokens_per_step / seconds, devices.peak_bytes(self.device)
         self.live.step(self.step + 1, loss, speed, peak)
+        return True
+
+    def _gradients(self, loader: Loader) -> tuple[float, float]:
+        """Loss and gradient norm of the step, the gradients clipped.
+
+        Where memory does not suffice or fp16 gradients overflow, the step is made again, from its
+        first sample and random number, with smaller micro-batches or a smaller loss scale.
+        """
+        while True:
+            try:
+                loss = float(self._accumulate(loader))
+                self.scaler.unscale_(self.optimizer)
+                clip = self.train_cfg.grad_clip or math.inf
+                norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+            except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
+                self.stop.raise_if_set()  # what interrupted a compiler may come out as its error
+                if not is_out_of_memory(e):
+                    raise
+                found = first_line(e)
+            else:
+                overflows = math.isfinite(loss) and not math.isfinite(norm)
+                if not overflows or self.scaler.get_scale() <= 1:  # 1 also without a scaler
+                    return loss, norm
+                found = ""
+            # here, not in `except`: there the error still holds the memory of what failed
+            scale = self.scaler.get_scale()
+            self._undo()
+            self.saved_step = None
+            if found:
+                self._shrink(found)
+            else:
+                before = self.scaler.state_dict()
+                assert self.mark is not None
+                self.mark = replace(self.mark, scaler=before)
+                self._set_scale({**before, "scale": scale / 2, "_growth_tracker": 0})
+                self.journal.loss_scale(self.step, scale / 2)
+
+    def _shrink(self, found: str) -> None:
+        """Halve the micro-batch; the resumed run keeps it, typed or not."""
+        was = self.run.micro_batch
+        if was == 1:
+            self._save()
+            raise DeviceError(
+                f"out of memory at step {self.step} with one sequence per forward",
+                found,
+                "pass --use_checkpoint, free memory, or train a smaller model; the run is saved",
+            )
+        self.run.micro_batch = rows = was // 2
+        if self.train_cfg.micro_batch_size:
+            self.train_cfg.micro_batch_size = rows
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        assert self.mark is not None
+        first = self.mark.position
+        samples = (first, first + self.settings.global_batch)
+        self.live.clear()
+        self.journal.out_of_memory(self.step, "train", was, rows, found, samples)
+
+    def _undo(self) -> None:
+        """Go back to where the step began; weights, moments and step counts never left it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.mark is None:
+            return
+        self.mark.loader.rewind_step()
+        self.mark.loader.position = self.mark.position
+        devices.set_rng_state(self.mark.rng, self.device)
+        self._set_scale(self.mark.scaler or self.scaler.state_dict())
+
+    def _set_scale(self, state: dict[str, Any]) -> None:
+        """Give the scaler a state, and let it forget the gradients that it unscaled."""
+        if self.scaler.is_enabled() and state:
+            self.scaler.load_state_dict(state)
+            if self.scaler._scale is not None:  # nothing was scaled yet
+                self.scaler.update(state["scale"])
+
+    def _leave_out(
+        self, verdict: Verdict, loss: float, norm: float, samples: tuple[int, int]
+    ) -> None:
+        """Do not take the step, and go on with the data after it."""
+        self._undo()
+        loader = self.run.phase_at(self.step).train
+        loader.position = samples[1]
+        self.mark = self.saved_step = None
+        self.live.clear()
+        self.journal.skipped(self.step, verdict.reason, loss, norm, samples)
+        self.store.progress.guard.leave_out(self.step, samples, verdict.reason)
+        if verdict.action == "rollback":
+            self._roll_back(loader, verdict.reason)
+        elif verdict.action == "stop":
+            self._save()
+            raise DivergedError(
+                f"step {self.step}: {verdict.reason}",
+                f"samples {samples[0]} to {samples[1] - 1} of the training data",
+                "the run is saved before it and continues after them; see --nonfinite_limit",
+            )
+
+    def _roll_back(self, loader: Loader, reason: str) -> None:
+        """Go back to the last checkpoint, and past the data that led here."""
+        failed, end, before = self.step, loader.position, self.store.progress.guard
+        self.step = self.store.roll_back()
+        samples = (loader.position, end)
+        loader.position = end
+        self.store.progress.guard = after_roll_back(
+            before, self.store.progress.guard, self.step, samples, reason
+        )
+        self.journal.rollback(failed, self.step, reason, samples)
+        self._save()  # a resume must not meet that data again
 
     def _accumulate(self, loader: Loader) -> Tensor:
         """Add up the gradients of the global batch; returns its mean loss per valid token."""
@@ -137,21 +291,24 @@ class Trainer:
         # of the whole step, known before its first token: accumulation never changes the objective
         weight = step_weight(loader, self.tokens_per_step)
         while left:
-            self.stop.raise_if_set()
-            inputs = next_inputs(loader, min(self.run.micro_batch, left), self.device)
-            left -= len(inputs["idx"])
-            with self.precision.autocast():
-                loss = self.model(**inputs) / weight
-            self.scaler.scale(loss).backward()
+            with self.stop.interruptible():
+                inputs = next_inputs(loader, min(self.run.micro_batch, left), self.device)
+                left -= len(inputs["idx"])
+                with self.precision.autocast():
+                    loss = self.model(**inputs) / weight
+                self.scaler.scale(loss).backward()
             total += loss.detach()
             if left:
                 self.live.within(self.step + 1, self.settings.global_batch - left, left)
         return total
 
     def _note_phase(self) -> None:
+        if self._phase_is_new():
+            self.journal.phase(self.step, self.run.phase_at(self.step).name)
+
+    def _phase_is_new(self) -> bool:
         now = self.run.phase_at(self.step)
-        if self.step and now is not self.run.phase_at(self.step - 1):
-            self.journal.phase(self.step, now.name)
+        return self.step > 0 and now is not self.run.phase_at(self.step - 1)
 
     # evaluation and gold
 
@@ -162,9 +319,23 @@ class Trainer:
 
     def _mean_loss(self, loader: Loader) -> float:
         windows = self.train_cfg.eval_iters * self.cfg.batch_size
+        state = self.store.progress.guard
         rows = min(2 * self.run.micro_batch, self.cfg.batch_size)  # no gradients: twice fits
-        with self.precision.autocast():
-            return mean_loss(self.model, loader, windows, rows, self.device, self.stop.raise_if_set)
+        while True:
+            rows = min(rows, state.eval_rows or rows)
+            try:
+                with self.stop.interruptible(), self.precision.autocast():
+                    return mean_loss(self.model, loader, windows, rows, self.device)
+            except (MemoryError, RuntimeError) as e:
+                self.stop.raise_if_set()
+                if not is_out_of_memory(e) or rows == 1:
+                    raise
+                found = first_line(e)
+            self.saved_step, state.eval_rows = None, rows // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.live.clear()
+            self.journal.out_of_memory(self.step, "eval", rows, rows // 2, found, None)
 
     def _evaluate(self) -> None:
         """Measure, report, decide about gold, save."""
@@ -184,7 +355,12 @@ class Trainer:
         progress.losses_since_eval.clear()
         if decision.save:  # before the run: what dies in between is repeated, gold included
             self.store.save_gold(self.step)
+        self._save()
+
+    def _save(self) -> None:
         self.store.save(self.step)
+        failed = self.settings.run_dir in self.store.unsaved
+        self.saved_step = None if failed else self.step
 
     def _decide(self, val: float, others: dict[str, float], final: bool) -> Decision:
         rules = self.train_cfg.gold_selection or GoldSelection()
@@ -212,7 +388,7 @@ class Trainer:
         if decision.save:
             self.store.save_gold(self.step)
         fp16 = self.store.save_fp16(self.step)
-        self.store.save(self.step)
+        self._save()
         gold = None
         if progress.gold.gold_step is not None and progress.gold.best_gold_val_loss is not None:
             gold = (
@@ -226,13 +402,10 @@ class Trainer:
 
     def _stop_early(self) -> None:
         """Undo the unfinished step and save: the resumed run repeats it exactly."""
-        self.optimizer.zero_grad(set_to_none=True)
-        for phase in self.run.phases:
-            phase.train.rewind_step()
-        if self.rng_at_step is not None:
-            devices.set_rng_state(self.rng_at_step, self.device)
+        self._undo()
         self.live.clear()
-        self.store.save(self.step)
+        if self.saved_step != self.step:
+            self._save()
         self.store.raise_if_unsaved()
         console.say(
             f"stopped at step {self.step} of {self.train_cfg.max_iters}; continue with "
@@ -271,19 +444,3 @@ def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
             f"{asked} needs a C compiler", "found no cc, gcc or clang", "install one, or drop it"
         )
     return bool(asked) or (cfg.compile == "auto" and device.type == "cuda" and c_compiler)
-
-
-def freeze(model: GPT, cfg: TrainConfig) -> None:
-    """Exclude embeddings and the lowest blocks from training, if asked; raises ConfigError."""
-    if cfg.freeze_layers > len(model.blocks):
-        raise ConfigError(
-            "freeze_layers is larger than n_layer",
-            f"found {cfg.freeze_layers} > {len(model.blocks)}",
-        )
-    frozen: list[nn.Module] = list(model.blocks[: cfg.freeze_layers])
-    if cfg.freeze_embeddings:
-        frozen.append(model.token_embedding_table)
-        if model.config.pos_encoding == "learned":
-            frozen.append(model.position_embedding_table)
-    for module in frozen:
-        module.requires_grad_(False)

@@ -347,7 +347,7 @@ def test_a_flipped_bit_is_found_before_it_is_used(train, capsys, monkeypatch) ->
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained on corrupt state"))
+    monkeypatch.setattr(Trainer, "train", lambda *_: pytest.fail("trained on corrupt state"))
     assert train("a", "--max_iters", "14", resume=True) == 3
     assert "optimizer.pt" in capsys.readouterr().err
 
