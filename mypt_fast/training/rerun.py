@@ -28,11 +28,12 @@ class _Bounded(Trainer):
 
     count: int
 
-    def _train_step(self) -> None:
-        super()._train_step()
-        self.count -= 1
+    def _train_step(self) -> bool:
+        moved = super()._train_step()
+        self.count -= moved
         if self.count == 0:
             self.stop.received = signal.SIGTERM
+        return moved
 
 
 @dataclass
