@@ -222,9 +222,19 @@ class TrainConfig:
     eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
     eval_iters: int = opt(200, "batches per evaluation", lo=1)
     eval_seed: int = opt(1337, "seed of the evaluation windows", lo=0, hi=(1 << 63) - 1)
+    eval_prompts_file: str | None = opt(
+        None, 'JSON {"prompts": {name: text}} that the model continues at each evaluation'
+    )
+    eval_max_new_tokens: int = opt(64, "tokens per such continuation", lo=1, hi=4096)
     save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
     log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
     terminal_log_file: str | None = opt(None, "also write the terminal output here")
+    init_from_model: str | None = opt(
+        None, "start a new run from this one's weights: a run's name, or its directory"
+    )
+    gold_ci: bool = opt(
+        False, "log how sure a new gold's lower loss is: a 95% interval over pairs of windows"
+    )
     freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)
     freeze_embeddings: bool = opt(False, "do not train the embeddings")
     eval_sets: dict[str, str] | None = opt(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mypt_fast.config import CurriculumPhase
+from mypt_fast.data.annotations import StoredWeights
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.mixture import MixtureOrder
@@ -61,8 +62,9 @@ class DataOpener:
         self.loader_note = ""
         self.eot_id: int | None = None  # of the run's tokenizer
         self._boundaries_noted = False
-        path = settings.run_dir / "tokenizer.json"
-        has_saved = settings.resume and path.is_file()
+        self._has_weights = settings.resume or settings.init_dir is not None
+        path = (settings.init_dir or settings.run_dir) / "tokenizer.json"
+        has_saved = self._has_weights and path.is_file()
         self.saved_tokenizer = (
             read_json(path, "tokenizer", MAX_TOKENIZER_BYTES) if has_saved else None
         )
@@ -152,25 +154,46 @@ class DataOpener:
         self, corpus: TokenCorpus, seed: int, global_batch: int, is_training: bool = False
     ) -> Loader:
         cfg, mode = self.settings.model, self.settings.train.documents
+        weights = self._weights(corpus, is_training)
         common: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "vocab_size": cfg.vocab_size,
         }  # fmt: skip
-        if mode == "concat":
+        if mode == "concat" and weights is None:
             if is_training and (self._on_gpu or corpus.io == "pread"):
                 # what is mapped costs a CPU nothing; a disk or a GPU is worth a thread
                 common["prefetch"] = PREFETCH
                 common["allocate"] = pinned if self._on_gpu else aligned
             order = self._order(corpus, seed, self.settings.train.order if is_training else "epoch")
             return TokenLoader(corpus, cfg.block_size, order=order, **common)
-        if self.settings.data.input_file:  # a text file is one document
+        if self.settings.data.input_file or mode == "concat":  # a text file is one document
             ends, note = np.array([corpus.n_tokens]), ""
+            mode = "mask" if mode == "concat" else mode  # of one document: windows are not cut
         else:
             ends, note = document_ends(corpus, self.eot_id)
         if note and not self._boundaries_noted:
             self.notices.append(note)
             self._boundaries_noted = True
         pad = 0 if self.eot_id is None else self.eot_id
-        return DocumentLoader(corpus, cfg.block_size, ends, mode, pad_id=pad, **common)
+        return DocumentLoader(
+            corpus, cfg.block_size, ends, mode, pad_id=pad, weights=weights, **common
+        )
+
+    def _weights(self, corpus: TokenCorpus, is_training: bool) -> StoredWeights | None:
+        """The loss masks stored with a corpus, if they are to be used."""
+        if not self.settings.model.use_loss_mask:
+            return None
+        weights = corpus.stored_weights()
+        if weights.any:
+            train = self.settings.train
+            if is_training and (train.mixture or train.order != "epoch"):
+                raise ConfigError(
+                    f"use_loss_mask with the masks of {corpus.source}",
+                    "found a mixture or another order than epoch",
+                    "train on one dataset in the order epoch, or without use_loss_mask",
+                )
+            return weights
+        self.notices.append(f"use_loss_mask is off for {corpus.source}: it stores no masks")
+        return None
 
     def _order(self, corpus: TokenCorpus, seed: int, kind: str) -> SampleStream | str:
         shares = self.settings.train.mixture
@@ -252,7 +275,8 @@ class DataOpener:
         self._verify(folder)
         other = self._dataset_tokenizer(folder)
         expected = self.saved_tokenizer and Tokenizer.from_state(self.saved_tokenizer)
-        for known, whose in ((tokenizer, "this run's data"), (expected, "the saved run")):
+        start = str(self.settings.init_dir) if self.settings.init_dir else "the saved run"
+        for known, whose in ((tokenizer, "this run's data"), (expected, start)):
             if known and not _interchangeable(known, other):
                 raise DataError(
                     f"{folder} has another vocabulary than {whose}",
@@ -263,7 +287,7 @@ class DataOpener:
     def _fit_vocabulary(self, tokenizer: Tokenizer, source: str) -> None:
         cfg, self.eot_id = self.settings.model, tokenizer.eot_id
         needed = tokenizer.model_vocab_size
-        if self.settings.resume:
+        if self._has_weights:
             if tokenizer.n_tokens > cfg.vocab_size:
                 raise DataError(
                     f"vocabulary of {source} does not fit the model",
