@@ -258,6 +258,10 @@ class TrainConfig:
                     f"found {shown(name)}: {shown(folder)}",
                 )
         phases = self.curriculum.phases if self.curriculum else ()
+        if self.curriculum and not phases:
+            raise ConfigError(
+                f"{where}: curriculum.phases is empty", cure="name a phase, or drop the curriculum"
+            )
         ends = [p.until_iter for p in phases]
         for i, phase in enumerate(phases):
             key = f"{where}: curriculum.phases[{i}]"

@@ -123,7 +123,8 @@ def resolve(
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
     if out.resume and wanted and wanted != saved_run.get("init_from_model"):
         out.notices.append(f"init_from_model {wanted} is ignored: {run_dir} goes on from itself")
-    merged["init_from_model"] = saved_run.get("init_from_model") if out.resume else wanted
+    start = str(out.init_dir) if out.init_dir else None
+    merged["init_from_model"] = saved_run.get("init_from_model") if out.resume else start
     # flags and preset were checked above: what is wrong from here on came from the saved run
     out.train = build(TrainConfig, merged, str(run_dir / STATE_FILE) if saved_run else "settings")
     out.data = _data(flags[DataConfig], saved_state)
@@ -183,6 +184,8 @@ def _known(raw: object, section: type) -> dict[str, Any]:
         nested = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
         if nested is None:
             kept[f.name] = value
+        elif isinstance(value, list):  # the phases of a curriculum
+            kept[f.name] = [_known(item, nested) for item in value]  # type: ignore[arg-type]
         elif isinstance(value, dict):  # else MyPT takes its defaults, and so do we
             # MyPT keeps its saturation state among the saturation settings: read the settings
             kept[f.name] = _known(value, nested)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ limit and gets no shell; whatever goes wrong with it means no.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import selectors
 import signal
@@ -126,7 +125,7 @@ def _read(path: Path, ext: ExternalGate) -> tuple[bool, float | None]:
         raise ConfigError(f"{path.name}: {ext.pass_path} is neither true nor false")
     value = deep_get(content, ext.metric_path) if ext.metric_path else None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and abs(value) < math.inf):
+    if value is not None and not (is_number and abs(value) <= sys.float_info.max):
         raise ConfigError(f"{path.name}: {ext.metric_path} is no number")
     return passed, None if value is None else float(value)
 

@@ -192,7 +192,8 @@ class DataOpener:
                     "train on one dataset in the order epoch, or without use_loss_mask",
                 )
             return weights
-        self.notices.append(f"use_loss_mask is off for {corpus.source}: it stores no masks")
+        if is_training:
+            self.notices.append(f"use_loss_mask is off: {corpus.source} stores no masks")
         return None
 
     def _order(self, corpus: TokenCorpus, seed: int, kind: str) -> SampleStream | str:
