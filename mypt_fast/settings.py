@@ -184,8 +184,9 @@ def _known(raw: object, section: type) -> dict[str, Any]:
         nested = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
         if nested is None:
             kept[f.name] = value
-        elif isinstance(value, list):  # the phases of a curriculum
-            kept[f.name] = [_known(item, nested) for item in value]  # type: ignore[arg-type]
+        elif typing.get_origin(f.type) is tuple:  # the phases of a curriculum
+            items = value if isinstance(value, list) else []
+            kept[f.name] = [_known(item, nested) for item in items]  # type: ignore[arg-type]
         elif isinstance(value, dict):  # else MyPT takes its defaults, and so do we
             # MyPT keeps its saturation state among the saturation settings: read the settings
             kept[f.name] = _known(value, nested)  # type: ignore[arg-type]
