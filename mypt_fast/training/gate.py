@@ -47,6 +47,16 @@ class GateResult:
         """What the gold decision takes from it."""
         return Verdict(self.ran, self.ok, self.gate_pass, self.metric_value)
 
+    @property
+    def line(self) -> str:
+        """What people read."""
+        if self.error:
+            last = self.output_tail.strip().splitlines()[-1:]
+            shown = "".join(c for c in last[0] if c.isprintable())[:200] if last else ""
+            return f"  gate: no ({self.error}{'; ' + shown if shown else ''})"
+        metric = "" if self.metric_value is None else f" | {self.metric_path} {self.metric_value:g}"
+        return f"  gate: {'passed' if self.gate_pass else 'no'}{metric}"
+
     def fields(self) -> dict[str, Any]:
         """Return what the log holds, in MyPT's order."""
         names = (

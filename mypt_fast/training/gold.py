@@ -6,6 +6,7 @@ Rules: MyPT specification 6; but here the final promotion passes the guards too.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -205,6 +206,25 @@ def selection_file(state: GoldState, rules: GoldSelection, step: int) -> dict[st
         "external_gate": {name: getattr(rules.external_gate, name) for name in shown},
         "last_gate": state.last_gate,
     }
+
+
+def from_selection_file(content: object) -> GoldState:
+    """What a gold_selection_state.json tells of a run that MyPT trained; it never reads it."""
+    raw = content if isinstance(content, dict) else {}
+
+    def number(key: str) -> float | None:
+        value = raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return float(value) if abs(value) <= sys.float_info.max else None
+
+    step = raw.get("gold_step")
+    if type(step) is not int or number("best_gold_val_loss") is None:
+        return GoldState()
+    return GoldState(
+        number("best_val_loss"), number("best_gold_val_loss"), step,
+        best_gate_metric=number("best_gate_metric"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

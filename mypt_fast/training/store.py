@@ -16,7 +16,7 @@ from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.model import GPT
 from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
-from mypt_fast.training.gold import GoldState, selection_file
+from mypt_fast.training.gold import GoldState, from_selection_file, selection_file
 from mypt_fast.training.run import Run
 from mypt_fast.training.saturation import saved_fields
 
@@ -203,6 +203,8 @@ class Store:
                 console.notice(f"{saved.path.name}: no data position; counting it from the step")
             for phase in self.run.phases:
                 phase.train.position = step * self.settings.global_batch
+            gold = bundles.read_info(saved.path).get("gold_selection_state")
+            self.progress.gold = from_selection_file(gold)
             return
         try:
             self._restore_manifest(state)

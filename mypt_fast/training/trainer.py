@@ -184,6 +184,8 @@ class Trainer:
 
     def _decide(self, found: Found, final: bool) -> Decision:
         decision, fields = self.selection.decide(self.step, found)
+        if found.gate:
+            console.say(found.gate.line)
         if found.gate and final:
             self.journal.gate(self.step, found.gate.fields())
         gold = self.store.progress.gold

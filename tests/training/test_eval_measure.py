@@ -271,6 +271,18 @@ def test_samples_are_what_generate_writes_and_need_no_global_randomness() -> Non
     assert found.cache_mismatches == []
 
 
+def test_samples_are_written_by_the_model_that_is_not_compiled() -> None:
+    """A compiled one would be compiled anew for every length."""
+    model = tiny(vocab_size=16)
+
+    def compiled(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    model.hidden = compiled
+    assert write_samples(model, Tokenizer.char(LETTERS), {"a": [1]}, 3).gen["a"]
+    assert model.hidden is compiled
+
+
 def test_weights_that_are_not_finite_give_no_sample_and_no_error() -> None:
     model = tiny(vocab_size=16)
     model.lm_head.bias.data[3] = float("nan")

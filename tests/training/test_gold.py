@@ -13,6 +13,7 @@ from mypt_fast.training.gold import (
     GoldState,
     Verdict,
     decide,
+    from_selection_file,
     paired_interval,
     selection_file,
 )
@@ -194,6 +195,23 @@ def test_the_state_file_has_the_fields_of_the_format_in_order() -> None:
         "gold_step", "external_gate", "last_gate",
     ]  # fmt: skip
     assert (content["iter"], content["gold_step"], content["best_gold_val_loss"]) == (5, 3, 4.0)
+
+
+@pytest.mark.parametrize("content", [
+    None, [], {}, {"gold_step": 3}, {"gold_step": 3, "best_gold_val_loss": "x"},
+    {"gold_step": None, "best_gold_val_loss": math.inf}, {"gold_step": True},
+    {"gold_step": 3, "best_gold_val_loss": 10**400},
+])  # fmt: skip
+def test_a_state_file_that_says_nothing_gives_a_new_state(content: object) -> None:
+    assert from_selection_file(content) == GoldState()
+
+
+def test_a_state_file_gives_back_what_it_was_made_of() -> None:
+    state = GoldState()
+    look(state, 3, 4.0)
+    again = from_selection_file(json.loads(json.dumps(selection_file(state, RULES, 5))))
+    assert not look(again, 9, 4.0).save
+    assert (again.best_gold_val_loss, again.gold_step) == (4.0, 3)
 
 
 # Student's t for a few degrees of freedom, from tables

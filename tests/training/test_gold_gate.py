@@ -138,6 +138,8 @@ def test_output_without_end_is_read_and_only_its_tail_kept() -> None:
     found = ask(script(body))
     assert found.error == "exit code 1"
     assert "last words" in found.output_tail
+    assert found.line.startswith("  gate: no (exit code 1; ")
+    assert found.line.isprintable()
     assert len(found.output_tail) <= 2000
 
 
@@ -212,8 +214,10 @@ def test_permission_is_for_one_command_and_no_file_gives_it(train, capsys) -> No
     assert Path("asked").read_text() == asked
 
 
-def test_the_gate_judges_the_weights_that_were_just_saved(train) -> None:
+def test_the_gate_judges_the_weights_that_were_just_saved(train, capsys) -> None:
     assert train("a", *gated(), "--allow_gate") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  gate: ")]
+    assert lines == ["  gate: no | m 0", *(f"  gate: passed | m {n}" for n in (5, 10, 12))]
     assert Path("asked").read_text() == "0 5 10 12 "
     gates = [e["gold_gate"] for e in events("a", "eval")]
     assert [g["gate_pass"] for g in gates] == [False, True, True]
