@@ -252,7 +252,7 @@ class TrainConfig:
         for name, folder in (self.eval_sets or {}).items():
             if name == "duration_s":  # the log's eval events have an eval_duration_s
                 raise ConfigError(f"{where}: eval_sets: '{name}' is taken", cure="rename the set")
-            if not name or not folder:
+            if not name or not folder or not name.isprintable():
                 raise ConfigError(
                     f"{where}: eval_sets maps a name to a dataset_dir",
                     f"found {shown(name)}: {shown(folder)}",

@@ -121,10 +121,11 @@ def resolve(
             saved_run.pop(key, None)
     from_preset = _given(preset, preset.train) if preset else {}
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
-    if out.resume and wanted and wanted != saved_run.get("init_from_model"):
+    began = saved_run.get("init_from_model")
+    if out.resume and wanted and wanted not in (began, Path(str(began)).name):
         out.notices.append(f"init_from_model {wanted} is ignored: {run_dir} goes on from itself")
     start = str(out.init_dir) if out.init_dir else None
-    merged["init_from_model"] = saved_run.get("init_from_model") if out.resume else start
+    merged["init_from_model"] = began if out.resume else start
     # flags and preset were checked above: what is wrong from here on came from the saved run
     out.train = build(TrainConfig, merged, str(run_dir / STATE_FILE) if saved_run else "settings")
     out.data = _data(flags[DataConfig], saved_state)

@@ -61,6 +61,8 @@ def read_prompts(path: str, tokenizer: Tokenizer) -> dict[str, list[int]]:
         raise ConfigError(f"{path}: at most {MOST_PROMPTS} prompts", f"found {len(prompts)}")
     encoded = {}
     for name, text in prompts.items():
+        if not name.isprintable():  # half a surrogate pair has no UTF-8
+            raise ConfigError(f"{path}: the name of a prompt is printable", f"found {shown(name)}")
         if not isinstance(text, str):
             raise ConfigError(f"{path}: prompts.{name}: expected text", f"found {shown(text)}")
         ids = list(tokenizer.encode(text))

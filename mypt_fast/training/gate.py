@@ -99,11 +99,11 @@ def run_gate(
     out = checkpoint_dir / f"gold_gate_step_{step}.json"
     if not ext.script:
         return GateResult(False, error="external_gate.script is not set")
-    if not Path(ext.script).is_file():
-        return GateResult(False, error=f"no script {ext.script}")
     command = [sys.executable, ext.script, *_arguments(ext.args, model_name, str(out))]
     result: dict[str, Any] = {"metric_path": ext.metric_path, "output_json": str(out)}
     try:
+        if not Path(ext.script).is_file():
+            return GateResult(False, error=f"no script {ext.script}")
         out.unlink(missing_ok=True)  # the verdict of an evaluation that a kill cut short
         code, tail = _finish(command, ext.timeout_s, between)
     except OSError as e:

@@ -18,7 +18,7 @@ from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.gold import GoldState, from_selection_file, selection_file
 from mypt_fast.training.run import Run
-from mypt_fast.training.saturation import saved_fields
+from mypt_fast.training.saturation import SaturationState, saved_fields
 
 SHAPE_FIELDS = (
     "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
@@ -240,6 +240,7 @@ class Store:
         devices.set_rng_state(rng, self.run.device)
         progress = dict(state["progress"])
         self.progress = Progress(**{**progress, "gold": GoldState(**progress["gold"])})
+        SaturationState(**self.progress.saturation)  # whether it is one, before it is needed
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for i, phase in enumerate(self.run.phases):

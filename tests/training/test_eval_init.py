@@ -116,6 +116,8 @@ def test_a_resume_never_looks_at_the_source_again(train, monkeypatch, capsys) ->
     assert_same_run("whole", "parts")
     assert state("parts")["training_config"]["init_from_model"] == "checkpoints/base"
     capsys.readouterr()
+    assert start("parts", "--init_from_model", "base", "--max_iters", "13") == 0
+    assert "ignored" not in capsys.readouterr().err  # that is where it began
     assert start("parts", "--init_from_model", "gone", "--max_iters", "14") == 0
     assert "init_from_model gone is ignored" in capsys.readouterr().err
     assert state("parts")["training_config"]["init_from_model"] == "checkpoints/base"

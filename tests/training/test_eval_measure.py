@@ -213,6 +213,35 @@ def test_other_windows_are_not_compared(train) -> None:
     assert "val_loss_change" not in golds[0]
 
 
+@pytest.mark.parametrize("bad", [{"saturation": {"x": 1}}, {"saturation": 3}, {"gold": {"y": 1}}])
+def test_progress_that_is_none_is_refused_at_the_start(train, capsys, bad) -> None:
+    assert train("a") == 0
+    path = Path("checkpoints/a/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["progress"] |= bad
+    path.write_text(json.dumps(manifest))
+    assert train("a", "--max_iters", "14", resume=True) == 3
+    assert "manifest.json cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("losses", [None, 3, "?", "AAA", "AAAA"])
+def test_stored_windows_that_are_none_give_no_interval(train, losses) -> None:
+    assert train("a", "--gold_ci") == 0
+    path = Path("checkpoints/a/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["progress"]["gold"]["windows"]["losses"] = losses
+    path.write_text(json.dumps(manifest))
+    assert train("a", "--max_iters", "20", resume=True) == 0
+    golds = [e for e in events("a") if e["event"].startswith("gold") and e["iter"] > 12]
+    assert "val_loss_change" not in golds[0]
+
+
+def test_a_set_whose_name_has_no_letters_is_one_line(train, capsys) -> None:
+    write_dataset(Path("data/other"), seed=5)
+    assert train("a", *write_config(eval_sets={"\ud800": "data/other"})) == 2
+    assert "eval_sets maps a name" in capsys.readouterr().err
+
+
 def test_eval_sets_guard_gold_in_a_run(train) -> None:
     """A set that cannot learn what the training data teaches: its loss rises, gold is blocked."""
     folder = write_dataset(Path("data/other"))
@@ -295,6 +324,7 @@ def test_weights_that_are_not_finite_give_no_sample_and_no_error() -> None:
     ('{"prompts": {}}', "expected an object with prompts"),
     ('{"prompts": {"a": 3}}', "prompts.a: expected text"),
     ('{"prompts": {"a": "XYZ"}}', "X"),
+    ('{"prompts": {"\\ud800": "a"}}', "printable"),
     (json.dumps({"prompts": dict.fromkeys(map(str, range(65)), "a")}), "at most 64"),
 ])  # fmt: skip
 def test_unusable_prompts_are_one_line_before_training(train, capsys, content, words) -> None:
