@@ -222,6 +222,10 @@ class TrainConfig:
     eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
     eval_iters: int = opt(200, "batches per evaluation", lo=1)
     eval_seed: int = opt(1337, "seed of the evaluation windows", lo=0, hi=(1 << 63) - 1)
+    eval_prompts_file: str | None = opt(
+        None, 'JSON {"prompts": {name: text}} that the model continues at each evaluation'
+    )
+    eval_max_new_tokens: int = opt(64, "tokens per such continuation", lo=1, hi=4096)
     save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
     keep_last: int = opt(1, "older states kept, hidden, to go back to when one is damaged", lo=0)
     log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
@@ -238,6 +242,12 @@ class TrainConfig:
         "what a training loss far above the ones before it does, beside an event; skip: its step "
         "is not taken; rollback: back to the last checkpoint, and past its data",
         choices=("log", "skip", "rollback"),
+    )
+    init_from_model: str | None = opt(
+        None, "start a new run from this one's weights: a run's name, or its directory"
+    )
+    gold_ci: bool = opt(
+        False, "log how sure a new gold's lower loss is: a 95% interval over pairs of windows"
     )
     freeze_layers: int = opt(0, "blocks that are not trained, from the bottom", lo=0)
     freeze_embeddings: bool = opt(False, "do not train the embeddings")
@@ -256,12 +266,16 @@ class TrainConfig:
         for name, folder in (self.eval_sets or {}).items():
             if name == "duration_s":  # the log's eval events have an eval_duration_s
                 raise ConfigError(f"{where}: eval_sets: '{name}' is taken", cure="rename the set")
-            if not name or not folder:
+            if not name or not folder or not name.isprintable():
                 raise ConfigError(
                     f"{where}: eval_sets maps a name to a dataset_dir",
                     f"found {shown(name)}: {shown(folder)}",
                 )
         phases = self.curriculum.phases if self.curriculum else ()
+        if self.curriculum and not phases:
+            raise ConfigError(
+                f"{where}: curriculum.phases is empty", cure="name a phase, or drop the curriculum"
+            )
         ends = [p.until_iter for p in phases]
         for i, phase in enumerate(phases):
             key = f"{where}: curriculum.phases[{i}]"

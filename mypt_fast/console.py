@@ -99,7 +99,7 @@ def gold_blocked_line(val_loss: float, best: float | None, reason: str) -> str:
     """Seed wording of a new minimum that a guard refused."""
     kind, _, detail = reason.partition(": ")
     shown = f"{kind} ({detail})" if detail else kind
-    below = f" < best {best:.4f}" if best is not None else ""
+    below = f" < best {best:.4f}" if best is not None and val_loss < best else ""
     return f"  ⚠️  GOLD blocked: val {val_loss:.4f}{below} but {shown}"
 
 

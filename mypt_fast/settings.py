@@ -20,6 +20,8 @@ from mypt_fast.errors import ConfigError
 
 BUNDLE_HINTS = ("config.json", "model.pt")
 STATE_FILE = "training_state.json"
+# What a new run may have otherwise than the model it starts from: its weights stay what they are.
+CONTEXT_KEYS = ("block_size", "rope_theta", "rope_scale")
 
 
 @dataclass(kw_only=True)
@@ -54,6 +56,9 @@ class Settings:
     preset_path: Path | None = None
     typed: frozenset[str] = frozenset()
     notices: list[str] = field(default_factory=list)
+    init_dir: Path | None = None  # the bundle a new run takes its weights from
+    allow_gate: bool = False  # whether the external gate's script may run
+    strict_compat: bool = False  # do as MyPT does where its documents say otherwise
 
     @property
     def global_batch(self) -> int:
@@ -68,6 +73,8 @@ def resolve(
     config_file: str | None = None,
     checkpoints: Path = Path("checkpoints"),
     strict: bool = False,
+    allow_gate: bool = False,
+    strict_compat: bool = False,
 ) -> Settings:
     """Merge every source of settings.
 
@@ -77,6 +84,8 @@ def resolve(
         config_file: preset path or name.
         checkpoints: folder of run directories.
         strict: make an ignored architecture flag an error.
+        allow_gate: let the external gate's script run. No file can say this.
+        strict_compat: do as MyPT does where its documents say otherwise.
 
     Raises:
         ConfigError: with one line, on anything that does not fit.
@@ -97,7 +106,13 @@ def resolve(
     )
     out.resume, out.saved_state = saved_config is not None, saved_state
     out.preset_path = preset.path if preset else None
-    out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
+    out.allow_gate, out.strict_compat = allow_gate, strict_compat
+    wanted = flags[TrainConfig].get("init_from_model") or (preset and preset.train.init_from_model)
+    if wanted and not out.resume:
+        out.init_dir = _source_dir(wanted, checkpoints)
+        out.model = _model_of_source(flags[ModelConfig], preset, out.init_dir, strict, out.notices)
+    else:
+        out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
     saved_run = _known(saved_state.get("training_config"), TrainConfig)
     if name != (saved_state.get("training_config") or {}).get("model_name", name):
         for key in (
@@ -108,6 +123,11 @@ def resolve(
             saved_run.pop(key, None)
     from_preset = _given(preset, preset.train) if preset else {}
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
+    began = saved_run.get("init_from_model")
+    if out.resume and wanted and wanted not in (began, Path(str(began)).name):
+        out.notices.append(f"init_from_model {wanted} is ignored: {run_dir} goes on from itself")
+    start = str(out.init_dir) if out.init_dir else None
+    merged["init_from_model"] = began if out.resume else start
     # flags and preset were checked above: what is wrong from here on came from the saved run
     out.train = build(TrainConfig, merged, str(run_dir / STATE_FILE) if saved_run else "settings")
     out.data = _data(flags[DataConfig], saved_state)
@@ -183,6 +203,9 @@ def _known(raw: object, section: type) -> dict[str, Any]:
         nested = next((k for k in kinds if dataclasses.is_dataclass(k)), None)
         if nested is None:
             kept[f.name] = value
+        elif typing.get_origin(f.type) is tuple:  # the phases of a curriculum
+            items = value if isinstance(value, list) else []
+            kept[f.name] = [_known(item, nested) for item in items]  # type: ignore[arg-type]
         elif isinstance(value, dict):  # else MyPT takes its defaults, and so do we
             # MyPT keeps its saturation state among the saturation settings: read the settings
             kept[f.name] = _known(value, nested)  # type: ignore[arg-type]
@@ -222,11 +245,61 @@ def _model(
         for key in ARCHITECTURE_KEYS:
             if key in flags and flags[key] != getattr(known, key):
                 text = f"--{key} {flags[key]} is ignored: {source} has {getattr(known, key)}"
+                if saved is not None and key in CONTEXT_KEYS:
+                    text += "; another context needs a new run, with --init_from_model"
                 if strict:
                     raise ConfigError(text, cure="drop the flag, or --strict")
                 notices.append(text)
         flags = {k: v for k, v in flags.items() if k not in ARCHITECTURE_KEYS}
     return build(ModelConfig, {**base, **flags}, source or "command line")
+
+
+def _source_dir(name: str, checkpoints: Path) -> Path:
+    """Find the bundle that --init_from_model names: a run, or a directory."""
+    for path in (checkpoints / name, Path(name)):
+        if all((path / n).is_file() for n in (*BUNDLE_HINTS, "tokenizer.json")):
+            return path
+    for path in (checkpoints / name, Path(name)):
+        missing = [n for n in (*BUNDLE_HINTS, "tokenizer.json") if not (path / n).is_file()]
+        if path.is_dir():
+            raise ConfigError(
+                f"--init_from_model {name}", f"{path} has no {missing[0]}", "name a checkpoint"
+            )
+    raise ConfigError(
+        f"--init_from_model {name}", f"nothing in {checkpoints / name}", "check the name"
+    )
+
+
+def _model_of_source(
+    flags: dict[str, Any],
+    preset: presets.Preset | None,
+    source: Path,
+    strict: bool,
+    notices: list[str],
+) -> ModelConfig:
+    """The source's architecture with everything else as given for the new run."""
+    raw, where = presets.read_json(source / "config.json"), f"{source}/config.json"
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected a JSON object", f"found {type(raw).__name__}")
+    theirs = build(ModelConfig, _known(raw, ModelConfig), where)
+    theirs.check(where)
+    ours = {**(_given(preset, preset.model) if preset else {}), **flags}
+    if "vocab_size" not in flags:  # a preset's is a padded guess: the tokenizer decides
+        ours.pop("vocab_size", None)
+    changed = [k for k in ARCHITECTURE_KEYS if k in ours and ours[k] != getattr(theirs, k)]
+    ignored = [k for k in changed if k not in CONTEXT_KEYS]
+    if ignored:
+        found = ", ".join(f"{k} {getattr(theirs, k)}, not {ours[k]}" for k in ignored)
+        text = f"the architecture is that of {source}: {found}"
+        if strict:
+            raise ConfigError(text, cure="drop what differs, or --strict")
+        notices.append(text)
+    notices += [
+        f"{k} is {ours[k]}, where {source} has {getattr(theirs, k)}"
+        for k in changed if k in CONTEXT_KEYS
+    ]  # fmt: skip
+    kept = {k: getattr(theirs, k) for k in ARCHITECTURE_KEYS if k not in ours or k in ignored}
+    return build(ModelConfig, {**ours, **kept}, where)
 
 
 def _refuse_conflict(saved: dict[str, Any], preset: presets.Preset | None, run_dir: Path) -> None:

@@ -305,3 +305,13 @@ def test_flags_are_checked_like_files():
         settings.resolve({"max_iters": -1})
     with pytest.raises(ConfigError, match="nearest n_head that divides is 2"):
         settings.resolve({"n_embd": 10, "n_head": 3})
+
+
+def test_a_resumed_curriculum_keeps_its_phases_and_drops_foreign_keys(write_run):
+    phases = [{"name": "a", "dataset_dir": "x", "until_iter": 3, "theirs": 1}, {"dataset_dir": "y"}]
+    saved = {"curriculum": {"phases": phases, "note": "theirs"}}
+    run = write_run(config=SHAPE, state={"training_config": saved})
+    found = settings.resolve({}, model_name=run).train.curriculum.phases
+    assert [(p.name, p.dataset_dir, p.until_iter) for p in found] == [
+        ("a", "x", 3), ("", "y", None),
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """`mypt-fast train`: settle the settings, open the run, train."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--strict", action="store_true", help="an ignored flag is an error, not a warning"
     )
+    run.add_argument(
+        "--allow_gate",
+        action="store_true",
+        help="let gold_selection.external_gate run its script; without it, never",
+    )
     flags.add_section(parser, settings.DataConfig, "data")
     flags.add_section(parser, TrainConfig, "training")
     flags.add_section(parser, ModelConfig, "model: run settings", role="run")
@@ -65,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         "model_name": getattr(args, "model_name", None),
         "config_file": getattr(args, "config_file", None),
         "strict": getattr(args, "strict", False),
+        "allow_gate": getattr(args, "allow_gate", False),
+        "strict_compat": os.environ.get("MYPT_STRICT_COMPAT") == "1",
     }
     dry_run = getattr(args, "dry_run", False)
     run_dir = settings.run_dir(options["model_name"], options["config_file"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mypt_fast.data.annotations import joined_ends
+from mypt_fast.data.annotations import StoredWeights, joined_ends
 from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
 from mypt_fast.data.order import SampleStream
 from mypt_fast.data.reader import (
@@ -180,6 +180,10 @@ class TokenCorpus:
     def document_ends(self) -> NDArray[np.uint64] | None:
         """Where documents end, ascending; None where the dataset has no index of them."""
         return joined_ends(self.shards)
+
+    def stored_weights(self) -> StoredWeights:
+        """The loss weights that the shards store beside their tokens."""
+        return StoredWeights(self.shards)
 
     def close(self) -> None:
         """Let go of the files; readers made before keep theirs until they are dropped."""

@@ -16,7 +16,7 @@ from mypt_fast.training.schedule import warmup_steps
 
 Samples = tuple[int, int]
 
-# Fields MyPT logs for masked data; token datasets have no masks.
+# Fields MyPT logs for masked data, where accuracy is not measured.
 NO_MASKS = {
     "train_masked_token_acc": None, "val_masked_token_acc": None,
     "train_masked_token_count": 0, "val_masked_token_count": 0, "masked_acc_gap": None,
@@ -144,6 +144,8 @@ class Journal:
         others: dict[str, float],
         train: float | None,
         seconds: float,
+        masks: dict[str, Any],
+        extra: dict[str, Any],
     ) -> None:
         """Log an evaluation and print MyPT's two lines; `seconds` it took do not count."""
         so_far = self._so_far(step)
@@ -166,13 +168,20 @@ class Journal:
             phase=phase,
             val_loss=loss6(val),
             train_loss=loss6(train),
-            **NO_MASKS,
+            **(masks or NO_MASKS),
             **{f"eval_{name}": loss6(loss) for name, loss in others.items()},
+            **extra,
             eval_duration_s=round(seconds, 1),
         )
 
     def gold(
-        self, step: int, val: float, decision: Decision, state: GoldState, final: bool
+        self,
+        step: int,
+        val: float,
+        decision: Decision,
+        state: GoldState,
+        final: bool,
+        extra: dict[str, Any],
     ) -> None:
         """Log a gold save, or a new minimum that a guard blocked; nothing otherwise."""
         prev = decision.prev_best
@@ -181,9 +190,7 @@ class Journal:
             "strategy": self.strategy,
             "val_loss": loss6(val),
             "best_gold_val_loss": loss6(state.best_gold_val_loss),
-            "best_gate_metric": None,
-            "gate_pass": None,
-            "gate_metric": None,
+            **extra,
         }
         if decision.save:
             event = "gold_checkpoint_final_eval" if final else "gold_checkpoint"
@@ -194,6 +201,10 @@ class Journal:
                 "gold_blocked", **common, best_val_loss=loss6(prev), reason=decision.reason
             )
             console.say(console.gold_blocked_line(val, prev, decision.reason))
+
+    def gate(self, step: int, fields: dict[str, Any]) -> None:
+        """Log the gate of the final evaluation, which has no event of its own."""
+        self.log.write("gold_gate", iter=step, **fields)
 
     def complete(self, step: int, train: float, val: float, gold: GoldState) -> None:
         """Log the end of the run and print the totals."""
@@ -212,7 +223,7 @@ class Journal:
             final_val_loss=loss6(val),
             best_val_loss=loss6(gold.best_val_loss),
             best_gold_val_loss=loss6(gold.best_gold_val_loss),
-            best_gate_metric=None,
+            best_gate_metric=gold.best_gate_metric,
             gold_strategy=self.strategy,
             gold_step=gold.gold_step,
             **self.sources,

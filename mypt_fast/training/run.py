@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from mypt_fast.config import GoldSelection
 from mypt_fast.data.document_loader import Loader
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import device as devices
+from mypt_fast.training.eval_prompts import read_prompts
 from mypt_fast.training.memory import choose_micro_batch
 from mypt_fast.training.sources import DataOpener, Phase
 
@@ -32,6 +34,7 @@ class Run:
     val_tokens: int
     free_bytes: int
     notices: list[str] = field(default_factory=list)
+    prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
 
     def close(self) -> None:
         """Let go of the data files."""
@@ -47,15 +50,17 @@ class Run:
         return self.phases[-1]
 
 
-def not_done(settings: Settings) -> list[str]:
-    """Settings that are understood and saved, but do nothing in this version: one line each."""
-    notices = []
-    if settings.model.use_loss_mask:
-        notices.append("use_loss_mask: masks stored with the data count under --documents mask")
-    gold = settings.train.gold_selection
-    if gold and (gold.strategy != "val_loss" or gold.external_gate.enabled):
-        notices.append("gold_selection: external gates are not run yet; gold follows val_loss")
-    return notices
+def gate_notice(settings: Settings) -> list[str]:
+    """A line where gold waits for a gate that will not run."""
+    rules = settings.train.gold_selection or GoldSelection()
+    ext, strategy = rules.external_gate, rules.strategy
+    needed = strategy != "val_loss" or (ext.enabled and ext.require_pass)
+    then = f"; without its pass nothing becomes gold (strategy {strategy})" if needed else ""
+    if ext.enabled and not settings.allow_gate:
+        return [f"the external gate {ext.script} is not run: --allow_gate lets it{then}"]
+    if needed and not ext.enabled:
+        return [f"gold_selection.external_gate is not enabled{then}"]
+    return []
 
 
 def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> Run:
@@ -82,7 +87,10 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     opener = DataOpener(settings, notices, progress, device)
     tokenizer, phases, train_tokens, val_tokens = opener.open()
     eval_sets = opener.eval_sets(tokenizer)
-    notices += not_done(settings)
+    prompts = {}
+    if settings.train.eval_prompts_file:
+        prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
+    notices += gate_notice(settings)
     free = devices.free_bytes(device)
     return Run(
         settings=settings,
@@ -97,4 +105,5 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         val_tokens=val_tokens,
         free_bytes=free,
         notices=notices,
+        prompts=prompts,
     )

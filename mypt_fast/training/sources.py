@@ -64,8 +64,9 @@ class DataOpener:
         self.loader_note = ""
         self.eot_id: int | None = None  # of the run's tokenizer
         self._boundaries_noted = False
-        path = settings.run_dir / "tokenizer.json"
-        has_saved = settings.resume and path.is_file()
+        self._has_weights = settings.resume or settings.init_dir is not None
+        path = (settings.init_dir or settings.run_dir) / "tokenizer.json"
+        has_saved = self._has_weights and path.is_file()
         self.saved_tokenizer = (
             read_json(path, "tokenizer", MAX_TOKENIZER_BYTES) if has_saved else None
         )
@@ -155,6 +156,7 @@ class DataOpener:
         self, corpus: TokenCorpus, seed: int, global_batch: int, is_training: bool = False
     ) -> Loader:
         cfg, mode = self.settings.model, self.settings.train.documents
+        weights = self._weights(corpus, is_training)
         common: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "vocab_size": cfg.vocab_size,
         }  # fmt: skip
@@ -165,35 +167,42 @@ class DataOpener:
                 f"found --order {self.settings.train.order}",
                 "drop one, or use --documents mask",
             )
-        if mode == "concat":
+        if mode == "concat" and weights is None:
             if is_training and (self._on_gpu or corpus.io == "pread"):
                 # what is mapped costs a CPU nothing; a disk or a GPU is worth a thread
                 common["prefetch"] = PREFETCH
                 common["allocate"] = pinned if self._on_gpu else aligned
             self._note_planes(corpus)
             return TokenLoader(corpus, cfg.block_size, order=order, **common)
-        if self.settings.data.input_file:  # a text file is one document
+        if self.settings.data.input_file or mode == "concat":  # a text file is one document
             ends, note = np.array([corpus.n_tokens]), ""
+            mode = "mask" if mode == "concat" else mode  # of one document: windows are not cut
         else:
             ends, note = document_ends(corpus, self.eot_id)
         if note and not self._boundaries_noted:
             self.notices.append(note)
             self._boundaries_noted = True
         pad = 0 if self.eot_id is None else self.eot_id
-        weights = StoredWeights(corpus.shards)
         return DocumentLoader(
-            corpus, cfg.block_size, ends, mode, pad_id=pad, order=order,
-            weights=weights if weights.any else None, **common,
-        )  # fmt: skip
+            corpus, cfg.block_size, ends, mode, pad_id=pad, order=order, weights=weights, **common
+        )
 
     def _note_planes(self, corpus: TokenCorpus) -> None:
         kinds = sorted({plane.kind for shard in corpus.shards for plane in shard.planes})
-        note = (
-            f"{' and '.join(kinds)} stored with the data are not used: --documents mask trains on "
-            "the tokens that count"
-        )
+        note = f"{' and '.join(kinds)} stored with the data are not used; use_loss_mask uses them"
         if kinds and note not in self.notices:
             self.notices.append(note)
+
+    def _weights(self, corpus: TokenCorpus, is_training: bool) -> StoredWeights | None:
+        """The loss masks stored with a corpus, if they are to be used."""
+        if not self.settings.model.use_loss_mask:
+            return None
+        weights = corpus.stored_weights()
+        if weights.any:
+            return weights
+        if is_training:
+            self.notices.append(f"use_loss_mask is off: {corpus.source} stores no masks")
+        return None
 
     def _order(self, corpus: TokenCorpus, seed: int, kind: str) -> SampleStream | str:
         shares = self.settings.train.mixture
@@ -291,7 +300,8 @@ class DataOpener:
         self._verify(folder)
         other = self._dataset_tokenizer(folder)
         expected = self.saved_tokenizer and Tokenizer.from_state(self.saved_tokenizer)
-        for known, whose in ((tokenizer, "this run's data"), (expected, "the saved run")):
+        start = str(self.settings.init_dir) if self.settings.init_dir else "the saved run"
+        for known, whose in ((tokenizer, "this run's data"), (expected, start)):
             if known and not _interchangeable(known, other):
                 raise DataError(
                     f"{folder} has another vocabulary than {whose}",
@@ -302,7 +312,7 @@ class DataOpener:
     def _fit_vocabulary(self, tokenizer: Tokenizer, source: str) -> None:
         cfg, self.eot_id = self.settings.model, tokenizer.eot_id
         needed = tokenizer.model_vocab_size
-        if self.settings.resume:
+        if self._has_weights:
             if tokenizer.n_tokens > cfg.vocab_size:
                 raise DataError(
                     f"vocabulary of {source} does not fit the model",

@@ -19,9 +19,10 @@ from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
-from mypt_fast.training.gold import GoldState
+from mypt_fast.training.gold import GoldState, from_selection_file, selection_file
 from mypt_fast.training.guard import GuardState
 from mypt_fast.training.run import Run
+from mypt_fast.training.saturation import SaturationState, saved_fields
 
 SHAPE_FIELDS = (
     "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
@@ -37,6 +38,7 @@ class Progress:
     last_eval_step: int = -1
     losses_since_eval: list[float] = field(default_factory=list)
     guard: GuardState = field(default_factory=GuardState)
+    saturation: dict[str, Any] = field(default_factory=dict)  # of SaturationState
 
     def recent_train_loss(self) -> float | None:
         """Mean training loss since the last evaluation; None before the first step."""
@@ -154,6 +156,11 @@ class Store:
             },
             "model_dtype_at_save": "float32",
         }
+        if self.progress.saturation:
+            rules = self.settings.train.token_accuracy_saturation
+            state["training_config"]["token_accuracy_saturation"] = saved_fields(
+                self.progress.saturation, rules
+            )
         if dtype:
             state["checkpoint_dtype"] = dtype
         if optimizer:
@@ -168,18 +175,7 @@ class Store:
 
     def _gold_file(self, step: int) -> dict[str, Any]:
         rules = self.settings.train.gold_selection or GoldSelection()
-        gold = self.progress.gold
-        shown = ("enabled", "metric_path", "metric_goal", "pass_path", "require_pass")
-        return {
-            "strategy": rules.strategy,
-            "iter": step,
-            "best_val_loss": gold.best_val_loss,
-            "best_gold_val_loss": gold.best_gold_val_loss,
-            "best_gate_metric": None,
-            "gold_step": gold.gold_step,
-            "external_gate": {name: getattr(rules.external_gate, name) for name in shown},
-            "last_gate": None,
-        }
+        return selection_file(self.progress.gold, rules, step)
 
     def _resume_state(self, step: int) -> dict[str, Any]:
         rng = devices.rng_state(self.run.device)
@@ -203,7 +199,9 @@ class Store:
         """Preset file and dataset of the run, as the log and the bundle name them."""
         preset = self.settings.preset_path
         saved = self.settings.saved_state.get("training_config") or {}
+        start = self.settings.train.init_from_model
         return {
+            **({"init_from_model": start} if start else {}),
             "config_file": str(preset) if preset else saved.get("config_file"),
             "dataset_dir": self.settings.data.dataset_dir,
         }
@@ -247,6 +245,8 @@ class Store:
                 console.notice(f"{saved.path.name}: no data position; counting it from the step")
             for phase in self.run.phases:
                 phase.train.position = step * self.settings.global_batch
+            gold = bundles.read_info(saved.path).get("gold_selection_state")
+            self.progress.gold = from_selection_file(gold)
             return
         try:
             self._restore_manifest(state)
@@ -300,6 +300,7 @@ class Store:
         guard = GuardState(**progress.get("guard", {}))  # absent in older bundles
         gold = GoldState(**progress["gold"])
         self.progress = Progress(**{**progress, "gold": gold, "guard": guard})
+        SaturationState(**self.progress.saturation)  # whether it is one, before it is needed
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for i, phase in enumerate(self.run.phases):

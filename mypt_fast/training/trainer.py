@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from mypt_fast import console
 from mypt_fast.checkpoint.bundle import check_writable
-from mypt_fast.config import GoldSelection, TrainConfig
+from mypt_fast.config import TrainConfig
 from mypt_fast.data.document_loader import Loader
 from mypt_fast.errors import ConfigError, DeviceError, DivergedError
 from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
+from mypt_fast.training import init_from
 from mypt_fast.training.board import Board
-from mypt_fast.training.evaluate import mean_loss
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.feed import next_inputs, step_weight
-from mypt_fast.training.gold import Decision, decide
+from mypt_fast.training.gold import Decision
 from mypt_fast.training.guard import (
     Verdict,
     after_roll_back,
@@ -38,6 +38,7 @@ from mypt_fast.training.journal import Journal
 from mypt_fast.training.optim import adamw, freeze
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import learning_rate
+from mypt_fast.training.selection import Found, Selection
 from mypt_fast.training.signals import StopRequested, StopSignal
 from mypt_fast.training.store import Store
 
@@ -76,11 +77,13 @@ class Trainer:
         self.log = EventLog(log_path(self.settings))
         self.store = Store(run, self.log)
         saved = self.store.read()
-        seed = None if saved else self.train_cfg.seed
+        seed = None if saved or self.settings.init_dir else self.train_cfg.seed
         self.model = GPT(self.cfg, seed, kernels=self.train_cfg.kernels)
         self.store.model = self.model
         if saved is not None:
             self.store.restore_weights(saved)
+        elif self.settings.init_dir:
+            init_from.fill(self.model, self.settings.init_dir, self.train_cfg.seed)
         self.model.to(self.device).train()
         freeze(self.model, self.train_cfg)
         self.optimizer = self.store.optimizer = adamw(self.model, self.train_cfg)
@@ -116,6 +119,7 @@ class Trainer:
             )
             return 0
         self.journal = Journal(self.run, self.log, start, self.store.sources())
+        self.selection = Selection(self.run, self.store, stop.raise_if_set)
         try:
             self.journal.start()
             while self.step < end:
@@ -317,21 +321,19 @@ class Trainer:
         due = self.step % self.train_cfg.eval_interval == 0
         return due and self.step != self.store.progress.last_eval_step
 
-    def _mean_loss(self, loader: Loader) -> float:
-        windows = self.train_cfg.eval_iters * self.cfg.batch_size
-        state = self.store.progress.guard
-        rows = min(2 * self.run.micro_batch, self.cfg.batch_size)  # no gradients: twice fits
+    def _measured(self, final: bool = False) -> Found:
+        """Evaluate; where memory does not suffice, again with fewer rows a forward."""
         while True:
-            rows = min(rows, state.eval_rows or rows)
+            rows = self.selection.rows
             try:
-                with self.stop.interruptible(), self.precision.autocast():
-                    return mean_loss(self.model, loader, windows, rows, self.device)
+                with self.stop.interruptible():
+                    return self.selection.measure(self.step, final)
             except (MemoryError, RuntimeError) as e:
                 self.stop.raise_if_set()
                 if not is_out_of_memory(e) or rows == 1:
                     raise
                 found = first_line(e)
-            self.saved_step, state.eval_rows = None, rows // 2
+            self.saved_step, self.store.progress.guard.eval_rows = None, rows // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.live.clear()
@@ -340,17 +342,15 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure, report, decide about gold, save."""
         began = time.perf_counter()
-        # at a switch the evaluation still belongs to the phase that was trained on
-        phase = self.run.phase_at(max(self.step - 1, 0))
-        val = self._mean_loss(phase.val)
-        others = {name: self._mean_loss(loader) for name, loader in self.run.eval_sets.items()}
+        found = self._measured()
+        found.gate = self.selection.ask_gate(self.step, lambda step: self._save())
         progress, lr = self.store.progress, learning_rate(self.step, self.train_cfg)
         self.live.clear()
         self.journal.evaluation(
-            self.step, phase.name, lr, val, others, progress.recent_train_loss(),
-            time.perf_counter() - began,
+            self.step, found.phase.name, lr, found.val.loss, found.others,
+            progress.recent_train_loss(), time.perf_counter() - began, found.masks, found.extra,
         )  # fmt: skip
-        decision = self._decide(val, others, final=False)
+        decision = self._decide(found, final=False)
         progress.last_eval_step = self.step
         progress.losses_since_eval.clear()
         if decision.save:  # before the run: what dies in between is repeated, gold included
@@ -362,28 +362,29 @@ class Trainer:
         failed = self.settings.run_dir in self.store.unsaved
         self.saved_step = None if failed else self.step
 
-    def _decide(self, val: float, others: dict[str, float], final: bool) -> Decision:
-        rules = self.train_cfg.gold_selection or GoldSelection()
-        guards = rules.guards if rules.apply_loss_guards else None
-        progress = self.store.progress
-        train = progress.recent_train_loss()
-        decision = decide(progress.gold, self.step, val, train, others, guards)
-        self.journal.gold(self.step, val, decision, progress.gold, final)
+    def _decide(self, found: Found, final: bool) -> Decision:
+        decision, fields = self.selection.decide(self.step, found)
+        if found.gate:
+            console.say(found.gate.line)
+        if found.gate and final:
+            self.journal.gate(self.step, found.gate.fields())
+        gold = self.store.progress.gold
+        self.journal.gold(self.step, found.val.loss, decision, gold, final, fields)
         return decision
 
     # the end
 
     def _finish(self) -> None:
         """Evaluate once more, promote gold under the same guards, save, write the fp16 copy."""
-        phase = self.run.phase_at(max(self.step - 1, 0))
-        train, val = self._mean_loss(phase.train), self._mean_loss(phase.val)
-        others = {name: self._mean_loss(loader) for name, loader in self.run.eval_sets.items()}
+        found = self._measured(final=True)
+        assert found.train is not None
+        found.gate = self.selection.ask_gate(self.step, lambda step: self._save(), final=True)
         self.live.clear()
-        decision = self._decide(val, others, final=True)
+        decision = self._decide(found, final=True)
         progress = self.store.progress
         progress.last_eval_step = self.step
         progress.losses_since_eval.clear()
-        self.journal.complete(self.step, train, val, progress.gold)
+        self.journal.complete(self.step, found.train.loss, found.val.loss, progress.gold)
         # the run last: what dies before it is repeated, and made again
         if decision.save:
             self.store.save_gold(self.step)
