@@ -13,8 +13,14 @@ from mypt_fast.data.loader import TokenLoader
 
 def mixed(**shares: float) -> list[str]:
     """Flags for a config file with a mixture of ./data/<name>."""
+    shape = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 12,
+    }  # flags beside it are not read
     Path("mixed.json").write_text(
-        json.dumps({"mixture": {f"data/{name}": share for name, share in shares.items()}})
+        json.dumps({**shape, "mixture": {f"data/{name}": share for name, share in shares.items()}})
     )
     return ["--config", "mixed.json", *SMALL]
 
