@@ -13,9 +13,9 @@ from mypt_fast.data.loader import TokenLoader
 
 def mixed(**shares: float) -> list[str]:
     """Flags for a config file with a mixture of ./data/<name>."""
-    Path("mixed.json").write_text(
-        json.dumps({"mixture": {f"data/{name}": share for name, share in shares.items()}})
-    )
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12}  # a preset's shape wins
+    mixture = {f"data/{name}": share for name, share in shares.items()}
+    Path("mixed.json").write_text(json.dumps({**shape, "mixture": mixture}))
     return ["--config", "mixed.json", *SMALL]
 
 
