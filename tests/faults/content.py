@@ -1,5 +1,6 @@
-"""A small bundle whose every member says which step it is of."""
+"""A small bundle whose every member says which step it is of, and how many faults to try."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from mypt_fast.checkpoint import bundle
 from mypt_fast.config import ModelConfig
 
+N_FAULTS = int(os.environ.get("MYPT_FAULTS", "400"))  # `make faults` asks for 10,000
 CONFIG = ModelConfig(n_embd=4, n_head=1, n_layer=1, vocab_size=5, device="cpu").to_dict()
 
 

@@ -1,6 +1,6 @@
 """A process under the shim: saves a bundle in forked children that die or fail, and looks after.
 
-Run as `python saves.py FOLDER MODE [ERRNO ...]`; prints one JSON object.
+Run as `python saves.py FOLDER [[MODE, ERRNO], ...] [EXCHANGE, ...]`; prints one JSON object.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ def prepared(folder: Path) -> Path:
     return path
 
 
-def case(folder: Path, template: Path, n: int, mode: int, error: int, exchange: bool) -> str:
+def case(folder: Path, template: Path, n: int, mode: int, error: int) -> str:
     """One death or failure; returns what the reader found, and raises on any mixture."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
@@ -94,7 +94,7 @@ def main() -> None:
     folder, modes = Path(sys.argv[1]), json.loads(sys.argv[2])
     template, work = folder / "template", folder / "work"
     results: dict[str, dict[str, int]] = {}
-    for exchange in (True, False):
+    for exchange in json.loads(sys.argv[3]):
         if not exchange:
             from mypt_fast import publish
 
@@ -106,7 +106,7 @@ def main() -> None:
         for mode, error in modes:
             found = results.setdefault(f"mode {mode} error {error} exchange {exchange}", {})
             for n in range(1, total + 1):
-                what = case(work, template, n, mode, error, exchange)
+                what = case(work, template, n, mode, error)
                 found[what] = found.get(what, 0) + 1
         shutil.rmtree(work)
     print(json.dumps(results))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from content import save, seen
+from content import N_FAULTS, save, seen
 
 from mypt_fast import publish
 from mypt_fast.publish import clean_stale
@@ -127,7 +127,7 @@ def record(monkeypatch: pytest.MonkeyPatch, events: list[tuple[Any, ...]]) -> No
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 def test_every_image_after_a_power_cut_holds_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_faults: int, exchange: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:
         monkeypatch.setattr(publish, "_exchange", lambda a, b: False)
@@ -146,7 +146,7 @@ def test_every_image_after_a_power_cut_holds_the_old_or_the_new(
     assert len(events) > 40
     rng, found = random.Random(5), Counter()
     disk, played = start, events
-    for i in range(n_faults):
+    for i in range(N_FAULTS // 2):
         cut = i % (len(events) + 1)
         if cut:
             disk.play(played[cut - 1])
@@ -161,5 +161,5 @@ def test_every_image_after_a_power_cut_holds_the_old_or_the_new(
         assert (image / "run" / "notes.txt").read_bytes() == b"mine"
         found["the new state" if step == under_way else "the old state"] += 1
         shutil.rmtree(image)
-    print(f"{n_faults} images of {len(events) + 1} moments: {dict(found)}")
+    print(f"{N_FAULTS // 2} images of {len(events) + 1} moments: {dict(found)}")
     assert len(found) == 2
