@@ -1,6 +1,6 @@
 """A process under the shim: saves a bundle in forked children that die or fail, and looks after.
 
-Run as `python saves.py FOLDER MODE [ERRNO ...]`; prints one JSON object.
+Run as `python saves.py FOLDER [[MODE, ERRNO], ...] [EXCHANGE, ...]`; prints one JSON object.
 """
 
 import ctypes
@@ -10,43 +10,14 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+from content import save, seen
 
-from mypt_fast.checkpoint import bundle, snapshots
-from mypt_fast.config import ModelConfig
+from mypt_fast.checkpoint import snapshots
 from mypt_fast.errors import CheckpointError
 from mypt_fast.publish import clean_stale
 
-CONFIG = ModelConfig(n_embd=4, n_head=1, n_layer=1, vocab_size=5, device="cpu").to_dict()
 SHIM = ctypes.CDLL(None)
 BEFORE, HALF, AFTER, FAIL, FAIL_ON = 1, 2, 3, 4, 5
-
-
-def save(path: Path, step: int) -> None:
-    parameter = torch.nn.Parameter(torch.full((300,), float(step)))
-    parameter.grad = torch.ones(300)
-    adamw = torch.optim.AdamW([parameter])
-    adamw.step()
-    bundle.write(
-        path,
-        config=CONFIG,
-        state_dict={"w": torch.full((500,), float(step))},
-        training_state={"step": step, "training_config": {"max_iters": 9}},
-        tokenizer={"token_kind": "gpt2"},
-        optimizer=adamw.state_dict(),
-        gold_state={"gold_step": 1},
-        state={"step": step},
-        keep_last=1,
-    )
-
-
-def seen(path: Path) -> int:
-    """The one step that every member of the bundle is of; a mixture or a notice raises."""
-    got = bundle.read(path, walk_back=False)
-    steps = {got.training_state["step"], got.manifest["step"], int(got.state_dict["w"][0])}
-    assert len(steps) == 1, steps
-    assert got.notices == [], got.notices
-    return steps.pop()
 
 
 def in_child(path: Path, n: int, mode: int, error: int) -> tuple[str, int]:
@@ -86,7 +57,7 @@ def prepared(folder: Path) -> Path:
     return path
 
 
-def case(folder: Path, template: Path, n: int, mode: int, error: int, exchange: bool) -> str:
+def case(folder: Path, template: Path, n: int, mode: int, error: int) -> str:
     """One death or failure; returns what the reader found, and raises on any mixture."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
@@ -123,7 +94,7 @@ def main() -> None:
     folder, modes = Path(sys.argv[1]), json.loads(sys.argv[2])
     template, work = folder / "template", folder / "work"
     results: dict[str, dict[str, int]] = {}
-    for exchange in (True, False):
+    for exchange in json.loads(sys.argv[3]):
         if not exchange:
             from mypt_fast import publish
 
@@ -135,7 +106,7 @@ def main() -> None:
         for mode, error in modes:
             found = results.setdefault(f"mode {mode} error {error} exchange {exchange}", {})
             for n in range(1, total + 1):
-                what = case(work, template, n, mode, error, exchange)
+                what = case(work, template, n, mode, error)
                 found[what] = found.get(what, 0) + 1
         shutil.rmtree(work)
     print(json.dumps(results))

@@ -5,6 +5,8 @@ import json
 import random
 from pathlib import Path
 
+from content import N_FAULTS
+
 from mypt_fast import presets, settings
 from mypt_fast.cli import main
 from mypt_fast.errors import ConfigError
@@ -75,10 +77,10 @@ def attempt(path: Path) -> str | None:
     return None
 
 
-def test_mutated_configs_are_settings_or_one_line(n_faults: int, tmp_path: Path, capsys) -> None:
+def test_mutated_configs_are_settings_or_one_line(tmp_path: Path, capsys) -> None:
     rng, path = random.Random(3), tmp_path / "c.json"
     good = bad = 0
-    for i in range(n_faults):
+    for i in range(N_FAULTS):
         path.write_bytes(mutated(rng))
         refusal = attempt(path)
         if refusal is None:
@@ -91,7 +93,7 @@ def test_mutated_configs_are_settings_or_one_line(n_faults: int, tmp_path: Path,
         if i % 20 == 0:  # the same through the command line
             assert main(["train", "--config", str(path), "--dry_run"]) == 2
             assert capsys.readouterr().err.count("\n") == 1
-    print(f"{n_faults} configs: {good} good, {bad} refused in one line, 0 tracebacks")
-    assert good + bad == n_faults
+    print(f"{N_FAULTS} configs: {good} good, {bad} refused in one line, 0 tracebacks")
+    assert good + bad == N_FAULTS
     assert good > 0
-    assert bad > n_faults / 4
+    assert bad > N_FAULTS / 4

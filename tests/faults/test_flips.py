@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from content import N_FAULTS
 
 from mypt_fast.checkpoint import bundle, snapshots
 from mypt_fast.checkpoint.manifest import OWNED
@@ -56,10 +57,10 @@ def attempt(path: Path) -> tuple[bundle.Bundle | None, str]:
         return None, str(e)
 
 
-def test_every_flipped_bit_is_found_before_use(saved: Path, n_faults: int) -> None:
+def test_every_flipped_bit_is_found_before_use(saved: Path) -> None:
     rng, outcomes = random.Random(1), Counter()
     members = sorted(OWNED)
-    for i in range(n_faults):
+    for i in range(N_FAULTS):
         path = saved / members[i % len(members)]
         data = path.read_bytes()
         at, bit = rng.randrange(len(data)), rng.randrange(8)
@@ -81,9 +82,9 @@ def test_every_flipped_bit_is_found_before_use(saved: Path, n_faults: int) -> No
             assert same_json(data, flipped), (path.name, at, bit)
             outcomes["harmless: the same JSON"] += 1
         path.write_bytes(data)
-    print(f"{n_faults} flips: {dict(outcomes)}")
-    assert sum(outcomes.values()) == n_faults
-    assert outcomes["refused by name"] > n_faults / 2
+    print(f"{N_FAULTS} flips: {dict(outcomes)}")
+    assert sum(outcomes.values()) == N_FAULTS
+    assert outcomes["refused by name"] > N_FAULTS / 2
     assert bundle.read(saved).notices == []
 
 
