@@ -14,6 +14,7 @@ from mypt_fast.data.format import (
     read_metadata,
 )
 from mypt_fast.errors import DataError, IntegrityError
+from tests.data.shard_files import describe, native_bytes, write_file
 
 
 def listing(folder, split="train", **extra):
@@ -115,7 +116,38 @@ def test_an_unreadable_shard_is_named_even_to_root(dataset, monkeypatch):
 def test_recorded_hashes_travel_with_the_shards(dataset):
     folder = dataset([10, 7])
     dataset([10, 7], shards=listing(folder, xxh3_128="ab" * 16))
-    assert [s.digest for s in open_split(folder, "train")] == ["ab" * 16] * 2
+    digests = [s.digest for s in open_split(folder, "train")]
+    assert [digest[:41] for digest in digests] == ["ab" * 16 + "+sampled-"] * 2
+
+
+@pytest.mark.parametrize("kind", ["mypt", "native"])
+def test_a_recorded_hash_does_not_hide_another_file(dataset, kind):
+    folder = dataset([40_000, 40_000])
+    paths = sorted((folder / "train").iterdir())
+    if kind == "native":
+        for path, start in zip(paths, (0, 10_000), strict=True):
+            path.write_bytes(native_bytes(range(start, start + 40_000), vocab_size=50_000))
+        describe(folder, format="native")
+    else:
+        dataset([40_000, 40_000], shards=listing(folder, xxh3_128="ab" * 16))
+    before = dataset_fingerprint(open_split(folder, "train"))
+    with paths[0].open("r+b") as file:
+        os.pwrite(file.fileno(), b"\5", 5000)  # a token, within the second sample
+    changed = dataset_fingerprint(open_split(folder, "train"))
+    first, second = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    swapped = dataset_fingerprint(open_split(folder, "train"))
+    assert len({before, changed, swapped}) == 3
+
+
+def test_many_native_shards_are_known_by_their_headers_alone(tmp_path, monkeypatch):
+    for i in range(3):
+        path = tmp_path / f"train/shard_{i:05d}.bin"
+        write_file(path, native_bytes(range(i, i + 10)))
+    assert all("+sampled-" in s.digest for s in open_split(tmp_path, "train"))
+    monkeypatch.setattr("mypt_fast.data.format.native_file.SAMPLED_SHARDS", 2)
+    assert not any("sampled" in s.digest for s in open_split(tmp_path, "train"))
 
 
 def test_a_shard_shorter_than_recorded_is_refused(dataset):
@@ -259,3 +291,5 @@ def test_the_fingerprint_of_mypts_shards_is_the_one_that_saved_runs_hold(tmp_pat
     for i, n in enumerate((300_000, 7)):
         np.arange(n, dtype="<u4").tofile(tmp_path / f"train/shard_{i:05d}.bin")
     assert dataset_fingerprint(open_split(tmp_path, "train")) == "c5e59d148ea5f82d"
+    describe(tmp_path, shards=listing(tmp_path, xxh3_128="ab" * 16))
+    assert dataset_fingerprint(open_split(tmp_path, "train")) == "6de4f2df3cb59dc8"

@@ -249,11 +249,12 @@ def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Sha
     """Open native shards; the tables of the first ones are hashed, as many as take little time."""
     shards, budget = [], native_file.TABLES_AT_OPEN
     prefix = "" if place.flat or not place.paths else f"{place.paths[0].parent.name}/"
+    is_sampled = len(place.paths) <= native_file.SAMPLED_SHARDS
     for path in place.paths:
         name = path.name
         digest = recorded[name].get("xxh3_128", "") if recorded else ""
         label = prefix + name
-        shard, read = native_file.open_native(path, label, budget, digest)
+        shard, read = native_file.open_native(path, label, budget, digest, is_sampled)
         if recorded and recorded[name]["tokens"] != shard.n_tokens:
             _check_recorded(shard, recorded)
         budget -= read

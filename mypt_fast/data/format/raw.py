@@ -64,7 +64,9 @@ def open_stream(
                 f"{METADATA}",
             )
         _refuse_foreign(descriptor, size, path, explicit)
-        digest = (recorded or {}).get("xxh3_128") or sampled_digest(descriptor, size, path)
+        # What is recorded was true when it was written; the samples are of what lies here now.
+        hashes = ((recorded or {}).get("xxh3_128"), sampled_digest(descriptor, size, path))
+        digest = "+".join(filter(None, hashes))
     finally:
         os.close(descriptor)
     n_tokens = size // width
