@@ -13,7 +13,8 @@ from mypt_fast.data.format import (
     open_split,
     read_metadata,
 )
-from mypt_fast.errors import DataError, IntegrityError
+from mypt_fast.data.format.source import open_source
+from mypt_fast.errors import DataError, FormatError, IntegrityError
 from tests.data.shard_files import describe, native_bytes, write_file
 
 
@@ -162,7 +163,7 @@ def test_a_missing_shard_is_refused(dataset):
     folder = dataset([10, 7])
     dataset([10, 7], shards=listing(folder))
     (folder / "train/shard_00000.bin").unlink()
-    with pytest.raises(IntegrityError, match=r"missing: shard_00000\.bin"):
+    with pytest.raises(IntegrityError, match=r"missing: train/shard_00000\.bin"):
         open_split(folder, "train")
 
 
@@ -170,7 +171,7 @@ def test_a_shard_that_is_not_recorded_is_refused(dataset):
     folder = dataset([10, 7])
     dataset([10, 7], shards=listing(folder))
     (folder / "train/shard_00009.bin").write_bytes(bytes(8))
-    with pytest.raises(IntegrityError, match=r"does not list: shard_00009\.bin"):
+    with pytest.raises(IntegrityError, match=r"does not list: train/shard_00009\.bin"):
         open_split(folder, "train")
 
 
@@ -293,3 +294,88 @@ def test_the_fingerprint_of_mypts_shards_is_the_one_that_saved_runs_hold(tmp_pat
     assert dataset_fingerprint(open_split(tmp_path, "train")) == "c5e59d148ea5f82d"
     describe(tmp_path, shards=listing(tmp_path, xxh3_128="ab" * 16))
     assert dataset_fingerprint(open_split(tmp_path, "train")) == "6de4f2df3cb59dc8"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"num_val_tokens": 5}, "0 tokens, where .* says 5"),
+        ({"val_shards": 2}, r"0 shard\(s\), where .* says 2"),
+        ({"shards": [{"name": "val/shard_00000.bin", "tokens": 5}]}, "1 shard.* missing: val/"),
+    ],
+)
+def test_a_split_that_the_metadata_counts_and_that_is_gone_is_refused(dataset, metadata, said):
+    folder = dataset([10])
+    metadata.get("shards", []).extend(listing(folder))
+    describe(folder, **metadata)
+    with pytest.raises(IntegrityError, match=said):
+        open_source(folder)
+    with pytest.raises(IntegrityError, match=said):
+        open_split(folder, "val")
+
+
+@pytest.mark.parametrize("name", ["num_train_tokens", "train_shards"])
+def test_a_split_of_other_sizes_than_counted_is_refused(dataset, name):
+    folder = dataset([10, 7], **{name: 18})
+    with pytest.raises(IntegrityError, match=r"train split .* where .* says 18"):
+        open_split(folder, "train")
+    dataset([10, 7], **{name: 2 if name == "train_shards" else 17})
+    assert len(open_split(folder, "train")) == 2
+
+
+def test_counts_that_are_no_counts_are_another_programs(dataset):
+    folder = dataset([10], train_shards=["a", "b"], num_train_tokens=None, val_shards=True)
+    assert list(open_source(folder).splits) == ["train"]
+
+
+def test_the_hundred_thousandth_shard_comes_after_the_one_before_it(tmp_path):
+    for number in (100_000, 99_999, 100_001):
+        write_file(tmp_path / f"train/shard_{number:05d}.bin", bytes(4))
+    names = [shard.path.stem for shard in open_split(tmp_path, "train")]
+    assert names == ["shard_99999", "shard_100000", "shard_100001"]
+
+
+def test_the_metadatas_list_gives_the_order(dataset):
+    folder = dataset([10, 7, 3])
+    dataset([10, 7, 3], shards=listing(folder)[::-1])
+    assert [shard.n_tokens for shard in open_split(folder, "train")] == [3, 7, 10]
+
+
+@pytest.mark.parametrize("name", ["._shard_00000.bin", ".x.swp.bin", ".bin"])
+def test_hidden_files_are_no_tokens(dataset, name):
+    folder = dataset([10])
+    (folder / "train" / name).write_bytes(bytes(400))
+    assert [s.n_tokens for s in open_split(folder, "train")] == [10]
+
+
+def test_hidden_files_beside_flat_shards_are_no_tokens(tmp_path):
+    write_file(tmp_path / "x_train_0.bin", native_bytes([1, 2]))
+    write_file(tmp_path / "._x_train_0.bin", bytes(400))
+    assert [s.name for s in open_split(tmp_path, "train")] == ["x_train_0.bin"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_name_of_both_splits_is_refused(tmp_path, split):
+    write_file(tmp_path / "corpus_train_val_0.bin", native_bytes([1, 2]))
+    with pytest.raises(FormatError, match=r"corpus_train_val_0\.bin names both splits"):
+        open_split(tmp_path, split)
+
+
+def test_metadata_is_parsed_once(dataset, monkeypatch):
+    folder = dataset([10])
+    dataset([5], split="val")
+    seen = []
+    loads = json.loads
+    monkeypatch.setattr(
+        "mypt_fast.data.format.metadata.json.loads", lambda raw: seen.append(raw) or loads(raw)
+    )
+    assert list(open_source(folder).splits) == ["train", "val"]
+    assert len(seen) == 1
+
+
+def test_metadata_of_17_mebibytes_is_not_parsed(dataset):
+    folder = dataset([4])
+    with (folder / METADATA).open("wb") as file:
+        file.truncate(17 << 20)
+    with pytest.raises(IntegrityError, match="more than 16777216 bytes"):
+        open_split(folder, "train")

@@ -103,8 +103,6 @@ def convert(
             metadata |= {f"num_{split}_tokens": count, f"{split}_shards": len(entries)}
             result.tokens += count
         metadata["total_tokens"] = result.tokens
-        if target not in ("mypt", "native"):  # the others are not listed by file
-            del metadata["shards"]
         _copy_tokenizer(source, folder)
         _write_json(folder / METADATA, metadata)
         for entry in os.scandir(folder):
@@ -203,7 +201,7 @@ def _write_split(
                     writer.end_shard()
             writer.finish()
         yield {
-            "name": f"{split}/{writer.path.name}",
+            "name": writer.path.relative_to(folder).as_posix(),
             "tokens": writer.n_tokens,
             "xxh3_128": writer.hash.hexdigest(),
         }
@@ -220,7 +218,7 @@ def _writer(
     if target == "megatron":
         return MegatronWriter(folder / f"{split}.bin", width)
     if target == "llmc":
-        return FlatWriter(folder / f"{split}_{index:06d}.bin", width, llmc=True)
+        return FlatWriter(folder / f"{split}_{index:06d}.bin", width, llmc_tokens=shard.n_tokens)
     if target == "episodes":
         return EpisodeWriter(folder / split / f"shard_{index:05d}", width, kinds)
     (folder / split).mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mypt_fast.data.format.dataset import has_split, open_file, open_split
 from mypt_fast.data.format.files import opened, read_at
-from mypt_fast.data.format.metadata import read_metadata, recorded_shards
+from mypt_fast.data.format.metadata import is_declared, read_metadata, recorded_shards
 from mypt_fast.data.format.shard import Shard, Split
 from mypt_fast.data.format.writers import Block
 from mypt_fast.errors import DataError
@@ -44,7 +44,7 @@ class Source:
         digests = []
         for split, shards in self.splits.items():
             recorded = recorded_shards(self.metadata, split) or {}
-            digests += [recorded.get(s.path.name, {}).get("xxh3_128", "") for s in shards]
+            digests += [recorded.get(s.name, {}).get("xxh3_128", "") for s in shards]
         return digests
 
 
@@ -67,9 +67,15 @@ def open_source(path: Path, dtype: str | None = None) -> Source:
             f"--input_dtype {dtype} for {path}", "a dataset's folder", "it is for a single file"
         )
     names: tuple[Split, ...] = get_args(Split)
-    found = [split for split in names if has_split(path, split)] or names[:1]
-    splits = {split: open_split(path, split, int64=True) for split in found}
-    return Source(path, splits, read_metadata(path))
+    metadata = read_metadata(path)
+    found = [
+        split for split in names if is_declared(metadata, split) or has_split(path, split, metadata)
+    ]
+    splits = {
+        split: open_split(path, split, int64=True, metadata=metadata)
+        for split in found or names[:1]
+    }
+    return Source(path, splits, metadata)
 
 
 def token_dtype(shard: Shard) -> np.dtype[Any]:
