@@ -189,7 +189,9 @@ def _locate_flat(dataset_dir: Path, split: Split, declared: str, described: bool
         return Place("mypt", [])
     exact = [dataset_dir / f"{split}.bin"] if f"{split}.bin" in names else []
     named = exact or [
-        dataset_dir / name for name in names if _is_tokens(name) and split in splits_of(name)
+        dataset_dir / name
+        for name in sorted(names, key=natural_order)
+        if _is_tokens(name) and split in splits_of(name)
     ]
     if both := [path.name for path in named if len(splits_of(path.name)) > 1]:
         raise FormatError(
@@ -213,7 +215,7 @@ def _locate_flat(dataset_dir: Path, split: Split, declared: str, described: bool
 
 def _names(folder: Path) -> list[str] | None:
     try:
-        return sorted(os.listdir(folder), key=natural_order)
+        return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

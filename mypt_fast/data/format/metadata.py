@@ -19,6 +19,7 @@ PREPARE = "prepare the dataset again"
 
 _METADATA_LIMIT = 16 << 20  # bytes; 100,000 shards with their hashes stay below it
 _WORDS: dict[Split, set[str]] = {"train": {"train"}, "val": {"val", "valid", "validation"}}
+_NUMBERS = re.compile(r"([0-9]+)")
 
 
 def read_metadata(dataset_dir: Path) -> dict[str, Any]:
@@ -95,10 +96,11 @@ def splits_of(name: str) -> list[Split]:
     return [split for split, known in _WORDS.items() if words & known]
 
 
-def natural_order(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[Any], str]:
     """A key to sort by: numbers by their value, so that shard_99999 comes before shard_100000."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+    parts: list[Any] = _NUMBERS.split(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
 
 
 def is_declared(metadata: dict[str, Any], split: Split) -> bool:
