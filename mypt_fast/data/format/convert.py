@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from mypt_fast.data.format.episodes import EpisodeReader
 from mypt_fast.data.format.metadata import METADATA
 from mypt_fast.data.format.shard import WIDTHS, PlaneKind, Shard, Split, dataset_fingerprint
 from mypt_fast.data.format.source import Source, open_source, read_blocks
+from mypt_fast.data.format.tokenizer_file import TOKENIZER, read_tokenizer
 from mypt_fast.data.format.verify import verify_source
 from mypt_fast.data.format.writers import EpisodeWriter, FlatWriter, MegatronWriter, NativeWriter
 from mypt_fast.errors import DataError
 
-TOKENIZER = "tokenizer_state.json"
 CARRIES: dict[str, frozenset[str]] = {
     "native": frozenset({"documents", "mask", "segments"}),
     "mypt": frozenset(),
@@ -232,9 +231,10 @@ def _writer(
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> None:
-    path = source.path / TOKENIZER
-    if path.is_file():
-        shutil.copyfile(path, folder / TOKENIZER)
+    """Write anew what was read: no bytes of whatever a link leads to are copied."""
+    state = read_tokenizer(source.path)
+    if state is not None:
+        _write_json(folder / TOKENIZER, state)
 
 
 def _write_json(path: Path, value: Any) -> None:
