@@ -23,7 +23,8 @@ from mypt_fast.data.format.source import Source, open_source, read_blocks
 from mypt_fast.data.format.tokenizer_file import TOKENIZER, read_tokenizer
 from mypt_fast.data.format.verify import verify_source
 from mypt_fast.data.format.writers import EpisodeWriter, FlatWriter, MegatronWriter, NativeWriter
-from mypt_fast.errors import DataError
+from mypt_fast.errors import DataError, TokenRangeError
+from mypt_fast.tokenizer import Tokenizer
 
 CARRIES: dict[str, frozenset[str]] = {
     "native": frozenset({"documents", "mask", "segments"}),
@@ -69,6 +70,7 @@ def convert(
     input_dtype: str | None = None,
     lossy: bool = False,
     workers: int | None = None,
+    tokenization: str | None = None,
 ) -> Conversion:
     """Convert a dataset or a file.
 
@@ -81,9 +83,10 @@ def convert(
         input_dtype: of a file that has no magic number.
         lossy: leave out what the target cannot carry, instead of refusing.
         workers: threads that check what is read.
+        tokenization: "gpt2" says that the tokens are GPT-2's, of a dataset that does not.
 
     Raises:
-        DataError: `out` is taken, or something would be lost.
+        DataError: `out` is taken, something would be lost, or the dataset has a tokenizer already.
         IntegrityError: what is read is damaged.
         TokenRangeError: an id does not fit the width.
     """
@@ -91,7 +94,13 @@ def convert(
     source = open_source(Path(path), input_dtype)
     _refuse_taken(source, Path(out))
     notes = _losses(source, target, lossy)
+    state = read_tokenizer(source.path)
+    if tokenization is not None and state is not None:
+        where = f"--tokenization {tokenization} for {source.path}"
+        raise DataError(where, f"it has a {TOKENIZER}, which is kept", "leave the flag out")
     largest = verify_source(source, workers=workers).max_token
+    if tokenization is not None:
+        state = _gpt2_state(source, largest)
     result = Conversion(Path(out), _width(source, target, dtype, largest), notes=notes)
     with publish.staged(result.out, frozenset()) as folder:
         metadata = _describe(source, target, result.width)
@@ -102,7 +111,10 @@ def convert(
             metadata |= {f"num_{split}_tokens": count, f"{split}_shards": len(entries)}
             result.tokens += count
         metadata["total_tokens"] = result.tokens
-        _copy_tokenizer(source, folder)
+        if state is not None:  # written anew: no bytes of whatever a link leads to are copied
+            _write_json(folder / TOKENIZER, state)
+        if tokenization is not None:
+            metadata["tokenization"] = tokenization
         _write_json(folder / METADATA, metadata)
         for entry in os.scandir(folder):
             if entry.is_dir():
@@ -230,11 +242,16 @@ def _writer(
     )  # fmt: skip
 
 
-def _copy_tokenizer(source: Source, folder: Path) -> None:
-    """Write anew what was read: no bytes of whatever a link leads to are copied."""
-    state = read_tokenizer(source.path)
-    if state is not None:
-        _write_json(folder / TOKENIZER, state)
+def _gpt2_state(source: Source, largest: int) -> dict[str, Any]:
+    """The state of GPT-2's tokenizer, for tokens that may be its own."""
+    tokenizer = Tokenizer.gpt2()
+    if largest >= tokenizer.n_tokens:
+        raise TokenRangeError(
+            f"--tokenization gpt2 for {source.path}",
+            f"it holds token {largest}, GPT-2 has {tokenizer.n_tokens}",
+            f"copy the {TOKENIZER} that belongs to it there",
+        )
+    return tokenizer.get_state()
 
 
 def _write_json(path: Path, value: Any) -> None:

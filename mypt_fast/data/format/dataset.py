@@ -141,8 +141,10 @@ def open_file(path: Path, dtype: str | None = None) -> Shard:
             f"no format's magic number: it begins with {head.hex() or 'nothing'}",
             "name its --input_dtype, uint16 or uint32, where it is nothing but tokens",
         )
-    shard = raw.open_stream(path, WIDTHS[dtype], format="nanogpt", label=path.name)
-    raw.check_width(shard, None)
+    shard = raw.open_stream(
+        path, WIDTHS[dtype], format="nanogpt", label=path.name, cure=raw.IN_FLAG
+    )
+    raw.check_width(shard, None, raw.IN_FLAG)
     return shard
 
 
