@@ -162,15 +162,14 @@ def describe(path: Path, input_dtype: str | None = None) -> dict[str, Any]:
 
 
 def _split(shards: list[Shard]) -> dict[str, Any]:
-    from mypt_fast.data.format import dataset_fingerprint
+    from mypt_fast.data.format.shard import count_documents, dataset_fingerprint
 
-    known = [shard.documents.count for shard in shards if shard.documents is not None]
     largest = [shard.max_token for shard in shards if shard.max_token is not None]
     return {
         "format": shards[0].format,
         "dtypes": sorted({f"uint{8 * shard.width}" for shard in shards}),
         "tokens": sum(shard.n_tokens for shard in shards),
-        "documents": sum(known) if len(known) == len(shards) else None,
+        "documents": count_documents(shards),
         "shards": len(shards),
         "planes": sorted({plane.kind for shard in shards for plane in shard.planes}),
         "vocab_size": max(shard.vocab_size for shard in shards) or None,

@@ -205,17 +205,20 @@ def _write_split(
         with contextlib.ExitStack() as stack:
             writer = _writer(folder, split, index, group[0], target, width)
             stack.callback(writer.abandon)
+            continued = {shard.continues for shard in group}
             for shard in group:
-                for block in read_blocks(shard):
+                goes_on = shard.documents is not None and shard.path in continued
+                for block in read_blocks(shard, goes_on):
                     writer.append(block)
-                if isinstance(writer, MegatronWriter):
+                if isinstance(writer, MegatronWriter) and not goes_on:
                     writer.end_shard()
             writer.finish()
-        yield {
+        entry = {
             "name": writer.path.relative_to(folder).as_posix(),
             "tokens": writer.n_tokens,
             "xxh3_128": writer.hash.hexdigest(),
         }
+        yield entry | ({"continues": True} if group[0].continues else {})
 
 
 def _writer(

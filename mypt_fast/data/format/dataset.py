@@ -110,6 +110,8 @@ def open_split(
         )
     shards = _open_all(place, files, metadata, recorded or {}, int64)
     check_counts(dataset_dir, split, len(shards), sum(s.n_tokens for s in shards), metadata)
+    if recorded:
+        _join_documents(shards, recorded)
     if place.notice:
         shards[0] = replace(shards[0], notice=place.notice)
     if place.format in ("mypt", "episodes", "nanogpt"):
@@ -300,6 +302,15 @@ def _open_natives(files: dict[str, Path], recorded: dict[str, dict[str, Any]]) -
         budget -= read
         shards.append(shard)
     return shards
+
+
+def _join_documents(shards: list[Shard], recorded: dict[str, dict[str, Any]]) -> None:
+    """Note which shards begin within the last document of the one before them."""
+    before: Shard | None = None
+    for index, shard in enumerate(shards):
+        if before and shard.n_tokens and recorded[shard.name].get("continues"):
+            shards[index] = replace(shard, continues=before.path)
+        before = shard if shard.n_tokens else before
 
 
 def _check_recorded(shard: Shard, recorded: dict[str, dict[str, Any]]) -> None:

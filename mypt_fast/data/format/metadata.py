@@ -68,6 +68,8 @@ def _check_entry(where: str, entry: object) -> None:
         raise IntegrityError(where, f"{entry!r:.80} is not an object")
     if not isinstance(entry.get("name"), str) or not _is_count(entry.get("tokens")):
         raise IntegrityError(where, f'{entry!r:.80} lacks a "name" or a count of "tokens"')
+    if not isinstance(entry.get("continues", False), bool):
+        raise IntegrityError(where, f"continues {entry['continues']!r:.80} is not true or false")
     if not isinstance(entry.get("xxh3_128", ""), str):
         raise IntegrityError(where, f"xxh3_128 {entry['xxh3_128']!r:.80} is not a string")
 

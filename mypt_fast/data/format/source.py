@@ -84,9 +84,16 @@ def token_dtype(shard: Shard) -> np.dtype[Any]:
     return np.dtype(f"<{'i' if signed else 'u'}{shard.width}")
 
 
-def read_blocks(shard: Shard) -> Iterator[Block]:
-    """Yield a shard's tokens with what lies beside them; only document ends are read at once."""
+def read_blocks(shard: Shard, goes_on: bool = False) -> Iterator[Block]:
+    """Yield a shard's tokens with what lies beside them; only document ends are read at once.
+
+    Args:
+        shard: what to read.
+        goes_on: whether its last document goes on in the next shard, and does not end here.
+    """
     ends = shard.document_ends() if shard.documents else np.empty(0, np.uint64)
+    if goes_on:
+        ends = ends[:-1]
     dtype = token_dtype(shard)
     with contextlib.ExitStack() as stack:
         tokens = stack.enter_context(opened(shard.path))[0]
