@@ -197,6 +197,8 @@ def test_splits_are_checked_against_their_own_records(dataset):
         ('{"shards": [{"name": "train/a.bin"}]}', "lacks"),
         ('{"shards": [{"name": "train/a.bin", "tokens": true}]}', "lacks"),
         ('{"shards": [{"name": "a", "tokens": 1, "xxh3_128": 5}]}', "xxh3_128"),
+        ('{"shards": [{"name": "a", "tokens": 1, "xxh3_128": "\\ud800"}]}', "xxh3_128"),
+        ('{"shards": [{"name": "train/%s", "tokens": 1}]}' % ("1" * 5000), "missing: train/111"),
         ('{"shards": [{"name": "a", "tokens": 1, "continues": 5}]}', "continues 5"),
         ('{"shards": [{"name": "a", "tokens": 1}, {"name": "a", "tokens": 1}]}', "twice"),
     ],

@@ -70,8 +70,9 @@ def _check_entry(where: str, entry: object) -> None:
         raise IntegrityError(where, f'{entry!r:.80} lacks a "name" or a count of "tokens"')
     if not isinstance(entry.get("continues", False), bool):
         raise IntegrityError(where, f"continues {entry['continues']!r:.80} is not true or false")
-    if not isinstance(entry.get("xxh3_128", ""), str):
-        raise IntegrityError(where, f"xxh3_128 {entry['xxh3_128']!r:.80} is not a string")
+    digest = entry.get("xxh3_128", "")
+    if not isinstance(digest, str) or not digest.isascii():
+        raise IntegrityError(where, f"xxh3_128 {digest!r:.80} is no hash")
 
 
 def _is_count(value: object) -> bool:
@@ -135,7 +136,7 @@ def check_listing(
     dataset_dir: Path, split: Split, present: Set[str], recorded: dict[str, dict[str, Any]]
 ) -> None:
     """Refuse a directory and a shard list that differ: both ways the training data would change."""
-    missing = sorted(recorded.keys() - present, key=natural_order)
+    missing = sorted(recorded.keys() - present)
     if missing:
         raise IntegrityError(
             f"{split} split of {dataset_dir}",
