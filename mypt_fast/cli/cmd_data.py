@@ -27,10 +27,14 @@ EXAMPLES = """\
 examples:
   mypt-fast data inspect data/books
   mypt-fast data verify data/books --full
-  mypt-fast data convert nanoGPT/data/shakespeare data/shakespeare
+  mypt-fast data convert nanoGPT/data/shakespeare data/shakespeare --tokenization gpt2
   mypt-fast data convert data/books data/books_llmc --format llmc --lossy
   mypt-fast data inspect tokens.bin --input_dtype uint16
 """
+NO_TOKENIZER = (
+    "none beside the tokens, which training needs; if they are GPT-2's: "
+    "mypt-fast data convert {} OUT --tokenization gpt2"
+)
 ACTIONS = ("inspect", "verify", "convert")
 TARGETS = ("native", "mypt", "episodes", "nanogpt", "llmc", "megatron")
 DTYPES = ("uint16", "uint32")
@@ -42,6 +46,7 @@ _FLAGS = {
     "format": ("convert",),
     "dtype": ("convert",),
     "lossy": ("convert",),
+    "tokenization": ("convert",),
 }
 
 
@@ -66,6 +71,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lossy", action="store_true", help="convert: leave out what the format cannot carry"
+    )
+    parser.add_argument(
+        "--tokenization",
+        choices=("gpt2",),
+        help="convert: say whose tokens they are, where a dataset (nanoGPT, llm.c) does not",
     )
 
 
@@ -126,7 +136,7 @@ def _convert(args: argparse.Namespace, path: Path) -> int:
     target = args.format or "native"
     done = convert(
         path, Path(args.out), target, dtype=args.dtype, input_dtype=args.input_dtype,
-        lossy=args.lossy, workers=args.workers,
+        lossy=args.lossy, workers=args.workers, tokenization=args.tokenization,
     )  # fmt: skip
     for note in done.notes:
         console.notice(_printable(f"note: {note}"))
@@ -138,27 +148,28 @@ def _convert(args: argparse.Namespace, path: Path) -> int:
 
 
 def describe(path: Path, input_dtype: str | None = None) -> dict[str, Any]:
-    """Collect what `inspect` shows; raises as `open_source`."""
+    """Collect what `inspect` shows; raises as `open_source` and `read_tokenizer`."""
     from mypt_fast.data.format.source import open_source
+    from mypt_fast.data.format.tokenizer_file import read_tokenizer
 
     source = open_source(path, input_dtype)
     return {
         "path": str(path),
         "splits": {split: _split(shards) for split, shards in source.splits.items()},
         "tokenization": source.metadata.get("tokenization"),
+        "tokenizer": read_tokenizer(source.path) is not None,
     }
 
 
 def _split(shards: list[Shard]) -> dict[str, Any]:
-    from mypt_fast.data.format import dataset_fingerprint
+    from mypt_fast.data.format.shard import count_documents, dataset_fingerprint
 
-    known = [shard.documents.count for shard in shards if shard.documents is not None]
     largest = [shard.max_token for shard in shards if shard.max_token is not None]
     return {
         "format": shards[0].format,
         "dtypes": sorted({f"uint{8 * shard.width}" for shard in shards}),
         "tokens": sum(shard.n_tokens for shard in shards),
-        "documents": sum(known) if len(known) == len(shards) else None,
+        "documents": count_documents(shards),
         "shards": len(shards),
         "planes": sorted({plane.kind for shard in shards for plane in shard.planes}),
         "vocab_size": max(shard.vocab_size for shard in shards) or None,
@@ -198,6 +209,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         out += [f"  ids         {', '.join(ids)}"] if ids else []
         out += [f"  planes      {', '.join(found['planes'])}"] if found["planes"] else []
         out += [f"  note        {notice}" for notice in found["notices"]]
+    if not report["tokenizer"]:
+        out.append(f"tokenizer     {NO_TOKENIZER.format(report['path'])}")
     return out
 
 

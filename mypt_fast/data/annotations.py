@@ -13,7 +13,10 @@ KINDS = ("weights", "mask")  # planes that weigh a loss, the finer one first
 
 
 def joined_ends(shards: Shards) -> NDArray[np.uint64] | None:
-    """Where the documents of a corpus end, ascending; a shard ends one too.
+    """Where the documents of a corpus end, ascending.
+
+    A shard ends one too, unless the next one says that it goes on there. Where that next shard was
+    left out, the document ends where its tokens do.
 
     Returns:
         None unless every shard with tokens has an index.
@@ -24,9 +27,13 @@ def joined_ends(shards: Shards) -> NDArray[np.uint64] | None:
     filled = [shard for shard in shards if shard.n_tokens]
     if not filled or any(getattr(shard, "documents", None) is None for shard in filled):
         return None
+    continued = {getattr(shard, "continues", None) for shard in filled} - {None}
     parts, begin = [], 0
     for shard in filled:
-        parts.append(np.asarray(shard.document_ends(), dtype=np.uint64) + np.uint64(begin))
+        ends = np.asarray(shard.document_ends(), dtype=np.uint64)
+        if continued and shard.path in continued:
+            ends = ends[:-1]
+        parts.append(ends + np.uint64(begin))
         begin += shard.n_tokens
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

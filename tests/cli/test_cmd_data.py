@@ -8,6 +8,7 @@ import pytest
 
 from mypt_fast.cli import main
 from mypt_fast.data.format import dataset_fingerprint, open_split
+from mypt_fast.tokenizer import Tokenizer
 from tests.data.shard_files import describe, native_bytes, write_episodes, write_file
 
 
@@ -45,6 +46,8 @@ def test_inspect_shows_what_a_dataset_holds(native, capsys):
             f"  fingerprint {dataset_fingerprint(open_split(native, 'val'))}",
             "  ids         vocab_size 100, eot_id 99, max_token 99",
             "  planes      mask",
+            "tokenizer     none beside the tokens, which training needs; if they are GPT-2's: "
+            f"mypt-fast data convert {native} OUT --tokenization gpt2",
         ]
     )
 
@@ -151,6 +154,7 @@ def test_native_is_what_convert_writes_unless_told_otherwise(dataset, tmp_path, 
         (["verify", "x", "--json"], "--json with verify; it is for inspect"),
         (["verify", "x", "--workers", "0"], "--workers 0; out of range; use 1 to 256"),
         (["inspect", "x", "--lossy"], "--lossy with inspect; it is for convert"),
+        (["verify", "x", "--tokenization", "gpt2"], "--tokenization with verify; it is for conv"),
         (["convert", "x", "y", "--format", "parquet"], "invalid choice: 'parquet'"),
         (["inspect", "nowhere"], "dataset nowhere; no such directory"),
         (["verify", "/dev/null"], "/dev/null; is a file"),
@@ -174,3 +178,36 @@ def test_a_hostile_name_reaches_no_terminal(tmp_path, capsys):
     write_file(folder / "train/a.bin", native_bytes([1]))
     assert main(["data", "inspect", str(folder)]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_nanogpts_tokens_become_a_dataset_to_train_on(tmp_path, capsys):
+    for split in ("train", "val"):
+        tokens = np.arange(100, 1100, dtype="<u2")
+        write_file(tmp_path / f"nano/{split}.bin", tokens.tobytes())
+    out = tmp_path / "out"
+    assert main(["data", "convert", str(tmp_path / "nano"), str(out), "--tokenization=gpt2"]) == 0
+    state = json.loads((out / "tokenizer_state.json").read_text())
+    assert Tokenizer.from_state(state).get_state() == Tokenizer.gpt2().get_state() == state
+    assert json.loads((out / "dataset_metadata.json").read_text())["tokenization"] == "gpt2"
+    capsys.readouterr()
+    assert main(["data", "inspect", str(out)]) == 0
+    assert "\ntokenizer " not in capsys.readouterr().out
+    line = fails(capsys, "convert", out, tmp_path / "again", "--tokenization", "gpt2")
+    assert "it has a tokenizer_state.json, which is kept; leave the flag out" in line
+
+
+def test_tokens_that_gpt2_does_not_have_get_no_tokenizer_of_it(dataset, tmp_path, capsys):
+    folder = dataset([60_000])
+    line = fails(capsys, "convert", folder, tmp_path / "x", "--tokenization", "gpt2")
+    assert "it holds token 59999, GPT-2 has 50" in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_by_itself_is_told_the_flag_and_no_metadata(tmp_path, capsys):
+    path = write_file(tmp_path / "x.bin", np.arange(20, 2020, dtype="<u2").tobytes())
+    line = fails(capsys, "verify", path, "--input_dtype", "uint32", code=3)
+    assert "look like uint16; say --input_dtype uint16, or" in line
+    write_file(path, bytes(6))
+    line = fails(capsys, "verify", path, "--input_dtype", "uint32", code=3)
+    assert "prepare the dataset again, or say --input_dtype uint16" in line
+    assert "dataset_metadata" not in line

@@ -13,7 +13,9 @@ from mypt_fast.data.format import (
     open_split,
     read_metadata,
 )
-from mypt_fast.errors import DataError, IntegrityError
+from mypt_fast.data.format.source import open_source
+from mypt_fast.errors import DataError, FormatError, IntegrityError
+from tests.data.shard_files import describe, native_bytes, write_file
 
 
 def listing(folder, split="train", **extra):
@@ -115,7 +117,38 @@ def test_an_unreadable_shard_is_named_even_to_root(dataset, monkeypatch):
 def test_recorded_hashes_travel_with_the_shards(dataset):
     folder = dataset([10, 7])
     dataset([10, 7], shards=listing(folder, xxh3_128="ab" * 16))
-    assert [s.digest for s in open_split(folder, "train")] == ["ab" * 16] * 2
+    digests = [s.digest for s in open_split(folder, "train")]
+    assert [digest[:41] for digest in digests] == ["ab" * 16 + "+sampled-"] * 2
+
+
+@pytest.mark.parametrize("kind", ["mypt", "native"])
+def test_a_recorded_hash_does_not_hide_another_file(dataset, kind):
+    folder = dataset([40_000, 40_000])
+    paths = sorted((folder / "train").iterdir())
+    if kind == "native":
+        for path, start in zip(paths, (0, 10_000), strict=True):
+            path.write_bytes(native_bytes(range(start, start + 40_000), vocab_size=50_000))
+        describe(folder, format="native")
+    else:
+        dataset([40_000, 40_000], shards=listing(folder, xxh3_128="ab" * 16))
+    before = dataset_fingerprint(open_split(folder, "train"))
+    with paths[0].open("r+b") as file:
+        os.pwrite(file.fileno(), b"\5", 5000)  # a token, within the second sample
+    changed = dataset_fingerprint(open_split(folder, "train"))
+    first, second = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    swapped = dataset_fingerprint(open_split(folder, "train"))
+    assert len({before, changed, swapped}) == 3
+
+
+def test_many_native_shards_are_known_by_their_headers_alone(tmp_path, monkeypatch):
+    for i in range(3):
+        path = tmp_path / f"train/shard_{i:05d}.bin"
+        write_file(path, native_bytes(range(i, i + 10)))
+    assert all("+sampled-" in s.digest for s in open_split(tmp_path, "train"))
+    monkeypatch.setattr("mypt_fast.data.format.native_file.SAMPLED_SHARDS", 2)
+    assert not any("sampled" in s.digest for s in open_split(tmp_path, "train"))
 
 
 def test_a_shard_shorter_than_recorded_is_refused(dataset):
@@ -130,7 +163,7 @@ def test_a_missing_shard_is_refused(dataset):
     folder = dataset([10, 7])
     dataset([10, 7], shards=listing(folder))
     (folder / "train/shard_00000.bin").unlink()
-    with pytest.raises(IntegrityError, match=r"missing: shard_00000\.bin"):
+    with pytest.raises(IntegrityError, match=r"missing: train/shard_00000\.bin"):
         open_split(folder, "train")
 
 
@@ -138,7 +171,7 @@ def test_a_shard_that_is_not_recorded_is_refused(dataset):
     folder = dataset([10, 7])
     dataset([10, 7], shards=listing(folder))
     (folder / "train/shard_00009.bin").write_bytes(bytes(8))
-    with pytest.raises(IntegrityError, match=r"does not list: shard_00009\.bin"):
+    with pytest.raises(IntegrityError, match=r"does not list: train/shard_00009\.bin"):
         open_split(folder, "train")
 
 
@@ -164,6 +197,9 @@ def test_splits_are_checked_against_their_own_records(dataset):
         ('{"shards": [{"name": "train/a.bin"}]}', "lacks"),
         ('{"shards": [{"name": "train/a.bin", "tokens": true}]}', "lacks"),
         ('{"shards": [{"name": "a", "tokens": 1, "xxh3_128": 5}]}', "xxh3_128"),
+        ('{"shards": [{"name": "a", "tokens": 1, "xxh3_128": "\\ud800"}]}', "xxh3_128"),
+        ('{"shards": [{"name": "train/%s", "tokens": 1}]}' % ("1" * 5000), "missing: train/111"),
+        ('{"shards": [{"name": "a", "tokens": 1, "continues": 5}]}', "continues 5"),
         ('{"shards": [{"name": "a", "tokens": 1}, {"name": "a", "tokens": 1}]}', "twice"),
     ],
 )
@@ -259,3 +295,90 @@ def test_the_fingerprint_of_mypts_shards_is_the_one_that_saved_runs_hold(tmp_pat
     for i, n in enumerate((300_000, 7)):
         np.arange(n, dtype="<u4").tofile(tmp_path / f"train/shard_{i:05d}.bin")
     assert dataset_fingerprint(open_split(tmp_path, "train")) == "c5e59d148ea5f82d"
+    describe(tmp_path, shards=listing(tmp_path, xxh3_128="ab" * 16))
+    assert dataset_fingerprint(open_split(tmp_path, "train")) == "6de4f2df3cb59dc8"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"num_val_tokens": 5}, "0 tokens, where .* says 5"),
+        ({"val_shards": 2}, r"0 shard\(s\), where .* says 2"),
+        ({"shards": [{"name": "val/shard_00000.bin", "tokens": 5}]}, "1 shard.* missing: val/"),
+    ],
+)
+def test_a_split_that_the_metadata_counts_and_that_is_gone_is_refused(dataset, metadata, said):
+    folder = dataset([10])
+    metadata.get("shards", []).extend(listing(folder))
+    describe(folder, **metadata)
+    with pytest.raises(IntegrityError, match=said):
+        open_source(folder)
+    with pytest.raises(IntegrityError, match=said):
+        open_split(folder, "val")
+
+
+@pytest.mark.parametrize("name", ["num_train_tokens", "train_shards"])
+def test_a_split_of_other_sizes_than_counted_is_refused(dataset, name):
+    folder = dataset([10, 7], **{name: 18})
+    with pytest.raises(IntegrityError, match=r"train split .* where .* says 18"):
+        open_split(folder, "train")
+    dataset([10, 7], **{name: 2 if name == "train_shards" else 17})
+    assert len(open_split(folder, "train")) == 2
+
+
+def test_counts_that_are_no_counts_are_another_programs(dataset):
+    folder = dataset([10], train_shards=["a", "b"], num_train_tokens=None, val_shards=True)
+    assert list(open_source(folder).splits) == ["train"]
+
+
+def test_the_hundred_thousandth_shard_comes_after_the_one_before_it(tmp_path):
+    for number in (100_000, 99_999, 100_001):
+        write_file(tmp_path / f"train/shard_{number:05d}.bin", bytes(4))
+    names = [shard.path.stem for shard in open_split(tmp_path, "train")]
+    assert names == ["shard_99999", "shard_100000", "shard_100001"]
+
+
+def test_the_metadatas_list_gives_the_order(dataset):
+    folder = dataset([10, 7, 3])
+    dataset([10, 7, 3], shards=listing(folder)[::-1])
+    assert [shard.n_tokens for shard in open_split(folder, "train")] == [3, 7, 10]
+
+
+@pytest.mark.parametrize("name", ["._shard_00000.bin", ".x.swp.bin", ".bin"])
+def test_hidden_files_are_no_tokens(dataset, name):
+    folder = dataset([10])
+    (folder / "train" / name).write_bytes(bytes(400))
+    assert [s.n_tokens for s in open_split(folder, "train")] == [10]
+
+
+def test_hidden_files_beside_flat_shards_are_no_tokens(tmp_path):
+    write_file(tmp_path / "x_train_0.bin", native_bytes([1, 2]))
+    write_file(tmp_path / "._x_train_0.bin", bytes(400))
+    assert [s.name for s in open_split(tmp_path, "train")] == ["x_train_0.bin"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_name_of_both_splits_is_refused(tmp_path, split):
+    write_file(tmp_path / "corpus_train_val_0.bin", native_bytes([1, 2]))
+    with pytest.raises(FormatError, match=r"corpus_train_val_0\.bin names both splits"):
+        open_split(tmp_path, split)
+
+
+def test_metadata_is_parsed_once(dataset, monkeypatch):
+    folder = dataset([10])
+    dataset([5], split="val")
+    seen = []
+    loads = json.loads
+    monkeypatch.setattr(
+        "mypt_fast.data.format.metadata.json.loads", lambda raw: seen.append(raw) or loads(raw)
+    )
+    assert list(open_source(folder).splits) == ["train", "val"]
+    assert len(seen) == 1
+
+
+def test_metadata_of_17_mebibytes_is_not_parsed(dataset):
+    folder = dataset([4])
+    with (folder / METADATA).open("wb") as file:
+        file.truncate(17 << 20)
+    with pytest.raises(IntegrityError, match="more than 16777216 bytes"):
+        open_split(folder, "train")

@@ -13,7 +13,7 @@ from mypt_fast.data.format import dataset_fingerprint, open_split, writers
 from mypt_fast.data.format.convert import CARRIES, convert
 from mypt_fast.data.format.source import open_source, read_blocks
 from mypt_fast.data.format.verify import verify_dataset
-from mypt_fast.errors import ChecksumError, DataError, TokenRangeError
+from mypt_fast.errors import ChecksumError, DataError, IntegrityError, TokenRangeError
 from tests.data.shard_files import (
     describe,
     llmc_bytes,
@@ -92,7 +92,7 @@ def test_every_format_becomes_every_other(tmp_path, kind, target):
     source = make(tmp_path / "a", kind)
     done = convert(source, tmp_path / "b", target, lossy=True)
     assert done.tokens == sum(SIZES) + SIZES[0]
-    verify_dataset(tmp_path / "b")
+    assert not verify_dataset(tmp_path / "b").unhashed
     for split in ("train", "val"):
         tokens, ends, planes = content(source, split)
         got_tokens, got_ends, got_planes = content(tmp_path / "b", split)
@@ -299,3 +299,27 @@ def test_the_fingerprint_of_a_copy_is_the_originals(tmp_path):
     convert(tmp_path / "a", tmp_path / "b", "native")
     a, b = (dataset_fingerprint(open_source(tmp_path / x).splits["train"]) for x in "ab")
     assert a == b
+
+
+@pytest.mark.parametrize("target", KINDS)
+def test_a_file_that_is_missing_afterwards_is_found(tmp_path, target):
+    done = convert(make(tmp_path / "a", "mypt"), tmp_path / "b", target)
+    metadata = json.loads((done.out / "dataset_metadata.json").read_text())
+    shards = [shard for split in ("train", "val") for shard in open_split(done.out, split)]
+    assert [entry["name"] for entry in metadata["shards"]] == [shard.name for shard in shards]
+    shards[-1].path.unlink()
+    with pytest.raises((IntegrityError, DataError), match="val"):
+        verify_dataset(done.out)
+
+
+@pytest.mark.parametrize("target", ["llmc", "episodes", "megatron", "nanogpt"])
+def test_a_byte_that_changed_in_what_was_written_is_found(tmp_path, target):
+    convert(make(tmp_path / "a", "mypt"), tmp_path / "b", target)
+    path = open_split(tmp_path / "b", "train")[-1].path
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-2, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises((ChecksumError, TokenRangeError), match=path.name):
+        verify_dataset(tmp_path / "b")

@@ -189,3 +189,9 @@ def test_values_that_are_no_masks_are_found_by_a_full_verification(tmp_path, pla
     write_episodes(tmp_path / "train", TOKENS, SPANS, **{plane: values})
     with pytest.raises(FormatError, match=match):
         verify_dataset(tmp_path)
+
+
+def test_folders_come_in_the_order_of_their_numbers(tmp_path):
+    for number, n in ((100_000, 3), (99_999, 2)):
+        write_episodes(tmp_path / f"train/shard_{number}", range(n), [(0, n)])
+    assert [shard.n_tokens for shard in open_split(tmp_path, "train")] == [2, 3]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,11 +20,12 @@ from mypt_fast.data.format.episodes import EpisodeReader
 from mypt_fast.data.format.metadata import METADATA
 from mypt_fast.data.format.shard import WIDTHS, PlaneKind, Shard, Split, dataset_fingerprint
 from mypt_fast.data.format.source import Source, open_source, read_blocks
+from mypt_fast.data.format.tokenizer_file import TOKENIZER, read_tokenizer
 from mypt_fast.data.format.verify import verify_source
 from mypt_fast.data.format.writers import EpisodeWriter, FlatWriter, MegatronWriter, NativeWriter
-from mypt_fast.errors import DataError
+from mypt_fast.errors import DataError, TokenRangeError
+from mypt_fast.tokenizer import Tokenizer
 
-TOKENIZER = "tokenizer_state.json"
 CARRIES: dict[str, frozenset[str]] = {
     "native": frozenset({"documents", "mask", "segments"}),
     "mypt": frozenset(),
@@ -70,6 +70,7 @@ def convert(
     input_dtype: str | None = None,
     lossy: bool = False,
     workers: int | None = None,
+    tokenization: str | None = None,
 ) -> Conversion:
     """Convert a dataset or a file.
 
@@ -82,9 +83,10 @@ def convert(
         input_dtype: of a file that has no magic number.
         lossy: leave out what the target cannot carry, instead of refusing.
         workers: threads that check what is read.
+        tokenization: "gpt2" says that the tokens are GPT-2's, of a dataset that does not.
 
     Raises:
-        DataError: `out` is taken, or something would be lost.
+        DataError: `out` is taken, something would be lost, or the dataset has a tokenizer already.
         IntegrityError: what is read is damaged.
         TokenRangeError: an id does not fit the width.
     """
@@ -92,7 +94,13 @@ def convert(
     source = open_source(Path(path), input_dtype)
     _refuse_taken(source, Path(out))
     notes = _losses(source, target, lossy)
+    state = read_tokenizer(source.path)
+    if tokenization is not None and state is not None:
+        where = f"--tokenization {tokenization} for {source.path}"
+        raise DataError(where, f"it has a {TOKENIZER}, which is kept", "leave the flag out")
     largest = verify_source(source, workers=workers).max_token
+    if tokenization is not None:
+        state = _gpt2_state(source, largest)
     result = Conversion(Path(out), _width(source, target, dtype, largest), notes=notes)
     with publish.staged(result.out, frozenset()) as folder:
         metadata = _describe(source, target, result.width)
@@ -103,9 +111,10 @@ def convert(
             metadata |= {f"num_{split}_tokens": count, f"{split}_shards": len(entries)}
             result.tokens += count
         metadata["total_tokens"] = result.tokens
-        if target not in ("mypt", "native"):  # the others are not listed by file
-            del metadata["shards"]
-        _copy_tokenizer(source, folder)
+        if state is not None:  # written anew: no bytes of whatever a link leads to are copied
+            _write_json(folder / TOKENIZER, state)
+        if tokenization is not None:
+            metadata["tokenization"] = tokenization
         _write_json(folder / METADATA, metadata)
         for entry in os.scandir(folder):
             if entry.is_dir():
@@ -196,17 +205,20 @@ def _write_split(
         with contextlib.ExitStack() as stack:
             writer = _writer(folder, split, index, group[0], target, width)
             stack.callback(writer.abandon)
+            continued = {shard.continues for shard in group}
             for shard in group:
-                for block in read_blocks(shard):
+                goes_on = shard.documents is not None and shard.path in continued
+                for block in read_blocks(shard, goes_on):
                     writer.append(block)
-                if isinstance(writer, MegatronWriter):
+                if isinstance(writer, MegatronWriter) and not goes_on:
                     writer.end_shard()
             writer.finish()
-        yield {
-            "name": f"{split}/{writer.path.name}",
+        entry = {
+            "name": writer.path.relative_to(folder).as_posix(),
             "tokens": writer.n_tokens,
             "xxh3_128": writer.hash.hexdigest(),
         }
+        yield entry | ({"continues": True} if group[0].continues else {})
 
 
 def _writer(
@@ -220,7 +232,7 @@ def _writer(
     if target == "megatron":
         return MegatronWriter(folder / f"{split}.bin", width)
     if target == "llmc":
-        return FlatWriter(folder / f"{split}_{index:06d}.bin", width, llmc=True)
+        return FlatWriter(folder / f"{split}_{index:06d}.bin", width, llmc_tokens=shard.n_tokens)
     if target == "episodes":
         return EpisodeWriter(folder / split / f"shard_{index:05d}", width, kinds)
     (folder / split).mkdir(exist_ok=True)
@@ -233,10 +245,16 @@ def _writer(
     )  # fmt: skip
 
 
-def _copy_tokenizer(source: Source, folder: Path) -> None:
-    path = source.path / TOKENIZER
-    if path.is_file():
-        shutil.copyfile(path, folder / TOKENIZER)
+def _gpt2_state(source: Source, largest: int) -> dict[str, Any]:
+    """The state of GPT-2's tokenizer, for tokens that may be its own."""
+    tokenizer = Tokenizer.gpt2()
+    if largest >= tokenizer.n_tokens:
+        raise TokenRangeError(
+            f"--tokenization gpt2 for {source.path}",
+            f"it holds token {largest}, GPT-2 has {tokenizer.n_tokens}",
+            f"copy the {TOKENIZER} that belongs to it there",
+        )
+    return tokenizer.get_state()
 
 
 def _write_json(path: Path, value: Any) -> None:

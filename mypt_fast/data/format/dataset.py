@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +23,18 @@ from typing import Any
 from mypt_fast.data.format import megatron, native, native_file, raw
 from mypt_fast.data.format.episodes import TOKENS, find_folders, open_episodes
 from mypt_fast.data.format.files import opened, read_at
-from mypt_fast.data.format.metadata import METADATA, check_listing, read_metadata, recorded_shards
+from mypt_fast.data.format.metadata import (
+    METADATA,
+    check_counts,
+    check_listing,
+    is_declared,
+    natural_order,
+    read_metadata,
+    recorded_shards,
+    splits_of,
+)
 from mypt_fast.data.format.shard import WIDTHS, Shard, Split
 from mypt_fast.errors import DataError, FormatError, TruncatedShardError
-
-_WORDS = {"train": ("train",), "val": ("val", "valid", "validation")}
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,28 @@ class Place:
     notice: str = ""
 
 
-def has_split(dataset_dir: Path, split: Split) -> bool:
-    """Say whether the dataset has at least one shard of this split."""
+def has_split(dataset_dir: Path, split: Split, metadata: dict[str, Any] | None = None) -> bool:
+    """Say whether the dataset has at least one shard of this split; as `open_split`."""
     dataset_dir = Path(dataset_dir)
-    return bool(_locate(dataset_dir, split, read_metadata(dataset_dir)).paths)
+    if metadata is None:
+        metadata = read_metadata(dataset_dir)
+    return bool(_locate(dataset_dir, split, metadata).paths)
 
 
-def open_split(dataset_dir: Path, split: Split, *, int64: bool = False) -> list[Shard]:
+def open_split(
+    dataset_dir: Path,
+    split: Split,
+    *,
+    int64: bool = False,
+    metadata: dict[str, Any] | None = None,
+) -> list[Shard]:
     """Return the shards of one split in reading order, each checked.
 
     Args:
         dataset_dir: the folder.
         split: "train" or "val".
         int64: also open files of 8 bytes a token, which no loader reads.
+        metadata: the dataset's, where the caller has read it already.
 
     Raises:
         DataError: the directory or its shards are missing or cannot be read.
@@ -75,20 +90,28 @@ def open_split(dataset_dir: Path, split: Split, *, int64: bool = False) -> list[
             "is a file" if dataset_dir.exists() else "no such directory",
             f"name a directory that holds {split}/*.bin",
         )
-    metadata = read_metadata(dataset_dir)
+    if metadata is None:
+        metadata = read_metadata(dataset_dir)
     place = _locate(dataset_dir, split, metadata)
-    recorded = None if place.flat else recorded_shards(metadata, split)
-    if place.format == "episodes":
-        recorded = None
+    files = _named(place, split)
+    recorded = recorded_shards(metadata, split)
+    if place.format == "episodes" and recorded and not any(map(_is_of_episodes, recorded)):
+        recorded = None  # another program's list, of something else than these files
     if recorded is not None:
-        check_listing(dataset_dir, split, {path.name for path in place.paths}, recorded)
-    if not place.paths:
+        check_listing(dataset_dir, split, files.keys(), recorded)
+        files = {name: files[name] for name in recorded}
+    if not files and is_declared(metadata, split):
+        check_counts(dataset_dir, split, 0, 0, metadata)
+    if not files:
         raise DataError(
             f"{split} split of {dataset_dir}",
             f"no token shard; searched {dataset_dir / split}/*.bin (without *_mask.bin)",
             "prepare a dataset there or name another directory",
         )
-    shards = _open_all(dataset_dir, place, metadata, recorded or {}, int64)
+    shards = _open_all(place, files, metadata, recorded or {}, int64)
+    check_counts(dataset_dir, split, len(shards), sum(s.n_tokens for s in shards), metadata)
+    if recorded:
+        _join_documents(shards, recorded)
     if place.notice:
         shards[0] = replace(shards[0], notice=place.notice)
     if place.format in ("mypt", "episodes", "nanogpt"):
@@ -120,8 +143,10 @@ def open_file(path: Path, dtype: str | None = None) -> Shard:
             f"no format's magic number: it begins with {head.hex() or 'nothing'}",
             "name its --input_dtype, uint16 or uint32, where it is nothing but tokens",
         )
-    shard = raw.open_stream(path, WIDTHS[dtype], format="nanogpt", label=path.name)
-    raw.check_width(shard, None)
+    shard = raw.open_stream(
+        path, WIDTHS[dtype], format="nanogpt", label=path.name, cure=raw.IN_FLAG
+    )
+    raw.check_width(shard, None, raw.IN_FLAG)
     return shard
 
 
@@ -151,9 +176,8 @@ def _locate(dataset_dir: Path, split: Split, metadata: dict[str, Any]) -> Place:
         if found is not None:
             return Place("episodes", found.paths, notice=found.notice)
     # iterdir, because `split_dir / name` parses: of 10,000 files a third of the time to open them
-    paths = sorted(
-        (path for path in split_dir.iterdir() if _is_tokens(path.name)), key=lambda path: path.name
-    )
+    paths = [path for path in split_dir.iterdir() if _is_tokens(path.name)]
+    paths.sort(key=lambda path: natural_order(path.name))
     masks = sum(name.endswith("_mask.bin") for name in names)
     notice = f"not read: {masks} *_mask.bin in {split}/" if masks else ""
     if declared:
@@ -170,9 +194,15 @@ def _locate_flat(dataset_dir: Path, split: Split, declared: str, described: bool
     exact = [dataset_dir / f"{split}.bin"] if f"{split}.bin" in names else []
     named = exact or [
         dataset_dir / name
-        for name in names
-        if _is_tokens(name) and set(re.split(r"[^a-z]+", name.lower())) & set(_WORDS[split])
+        for name in sorted(names, key=natural_order)
+        if _is_tokens(name) and split in splits_of(name)
     ]
+    if both := [path.name for path in named if len(splits_of(path.name)) > 1]:
+        raise FormatError(
+            f"{split} split of {dataset_dir}",
+            f"{both[0]} names both splits: its tokens would be trained and validated on",
+            "rename it, or move it to train/ or val/",
+        )
     if declared or not named:
         return Place(declared or "mypt", named, flat=True, explicit=bool(declared))
     if found := magic_of(named[0]):
@@ -197,12 +227,29 @@ def _names(folder: Path) -> list[str] | None:
 
 
 def _is_tokens(name: str) -> bool:
-    return name.endswith(".bin") and not name.endswith("_mask.bin")
+    """Whether a file is a shard; what is hidden is an editor's or a file system's, not data."""
+    return name.endswith(".bin") and not name.endswith("_mask.bin") and not name.startswith(".")
+
+
+def _is_of_episodes(name: str) -> bool:
+    return name.endswith(f"/{TOKENS}")
+
+
+def _named(place: Place, split: Split) -> dict[str, Path]:
+    """The files of tokens by their names within the dataset, in reading order."""
+    if place.format == "episodes":
+        top = f"{split}/"
+        return {
+            (top if path.name == split else f"{top}{path.name}/") + TOKENS: path
+            for path in place.paths
+        }
+    prefix = "" if place.flat else f"{split}/"
+    return {prefix + path.name: path for path in place.paths}
 
 
 def _open_all(
-    dataset_dir: Path,
     place: Place,
+    files: dict[str, Path],
     metadata: dict[str, Any],
     recorded: dict[str, dict[str, Any]],
     int64: bool,
@@ -211,12 +258,10 @@ def _open_all(
     vocab_size = metadata.get("vocab_size") or 0
     if place.format == "native":
         with _uncollected():
-            return _open_natives(place, recorded)
+            return _open_natives(files, recorded)
     shards = []
-    for path in place.paths:
-        label = path.name if place.flat else ""
+    for label, path in files.items():
         if place.format == "episodes":
-            label = str((path / TOKENS).relative_to(dataset_dir))
             shard = open_episodes(path, width, label, vocab_size=vocab_size)
         elif place.format == "llmc":
             shard = replace(raw.open_llmc(path, label), vocab_size=vocab_size)
@@ -226,7 +271,7 @@ def _open_all(
         else:
             shard = raw.open_stream(
                 path, width, format=place.format, label=label, vocab_size=vocab_size,
-                recorded=recorded.get(path.name), explicit=place.explicit,
+                recorded=recorded.get(label), explicit=place.explicit,
             )  # fmt: skip
         _check_recorded(shard, recorded)
         shards.append(shard)
@@ -245,15 +290,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Shard]:
+def _open_natives(files: dict[str, Path], recorded: dict[str, dict[str, Any]]) -> list[Shard]:
     """Open native shards; the tables of the first ones are hashed, as many as take little time."""
     shards, budget = [], native_file.TABLES_AT_OPEN
-    prefix = "" if place.flat or not place.paths else f"{place.paths[0].parent.name}/"
-    for path in place.paths:
-        name = path.name
+    is_sampled = len(files) <= native_file.SAMPLED_SHARDS
+    for name, path in files.items():
         digest = recorded[name].get("xxh3_128", "") if recorded else ""
-        label = prefix + name
-        shard, read = native_file.open_native(path, label, budget, digest)
+        shard, read = native_file.open_native(path, name, budget, digest, is_sampled)
         if recorded and recorded[name]["tokens"] != shard.n_tokens:
             _check_recorded(shard, recorded)
         budget -= read
@@ -261,8 +304,17 @@ def _open_natives(place: Place, recorded: dict[str, dict[str, Any]]) -> list[Sha
     return shards
 
 
+def _join_documents(shards: list[Shard], recorded: dict[str, dict[str, Any]]) -> None:
+    """Note which shards begin within the last document of the one before them."""
+    before: Shard | None = None
+    for index, shard in enumerate(shards):
+        if before and shard.n_tokens and recorded[shard.name].get("continues"):
+            shards[index] = replace(shard, continues=before.path)
+        before = shard if shard.n_tokens else before
+
+
 def _check_recorded(shard: Shard, recorded: dict[str, dict[str, Any]]) -> None:
-    entry = recorded.get(shard.path.name)
+    entry = recorded.get(shard.name)
     if entry is not None and entry["tokens"] != shard.n_tokens:
         raise TruncatedShardError(
             f"shard {shard.path}",

@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from mypt_fast.data.format.files import open_file, opened, read_at, sampled_digest
+from mypt_fast.data.format.metadata import natural_order
 from mypt_fast.data.format.shard import Documents, Ends, Plane, PlaneKind, Shard
 from mypt_fast.errors import FormatError, TruncatedShardError
 
@@ -51,11 +52,9 @@ def find_folders(split_dir: Path, names: list[str]) -> Folders | None:
         split_dir: the split's folder.
         names: what is in it, sorted.
     """
-    folders = [
-        split_dir / name
-        for name in names
-        if name.startswith("shard_") and "." not in name and (split_dir / name).is_dir()
-    ]
+    numbered = [name for name in names if name.startswith("shard_") and "." not in name]
+    numbered.sort(key=natural_order)
+    folders = [split_dir / name for name in numbered if (split_dir / name).is_dir()]
     direct = [name for name in (TOKENS, INDEX) if name in names]
     if not any((folder / TOKENS).exists() or (folder / INDEX).exists() for folder in folders):
         if INDEX in names:

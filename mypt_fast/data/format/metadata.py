@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ METADATA = "dataset_metadata.json"
 FORMATS = ("mypt", "episodes", "native", "nanogpt", "llmc", "megatron")
 PREPARE = "prepare the dataset again"
 
-_METADATA_LIMIT = 64 << 20  # bytes; 100,000 shards with their hashes stay below 16 MiB
+_METADATA_LIMIT = 16 << 20  # bytes; 100,000 shards with their hashes stay below it
+_WORDS: dict[Split, set[str]] = {"train": {"train"}, "val": {"val", "valid", "validation"}}
+_NUMBERS = re.compile(r"([0-9]+)")
 
 
 def read_metadata(dataset_dir: Path) -> dict[str, Any]:
@@ -64,8 +68,11 @@ def _check_entry(where: str, entry: object) -> None:
         raise IntegrityError(where, f"{entry!r:.80} is not an object")
     if not isinstance(entry.get("name"), str) or not _is_count(entry.get("tokens")):
         raise IntegrityError(where, f'{entry!r:.80} lacks a "name" or a count of "tokens"')
-    if not isinstance(entry.get("xxh3_128", ""), str):
-        raise IntegrityError(where, f"xxh3_128 {entry['xxh3_128']!r:.80} is not a string")
+    if not isinstance(entry.get("continues", False), bool):
+        raise IntegrityError(where, f"continues {entry['continues']!r:.80} is not true or false")
+    digest = entry.get("xxh3_128", "")
+    if not isinstance(digest, str) or not digest.isascii():
+        raise IntegrityError(where, f"xxh3_128 {digest!r:.80} is no hash")
 
 
 def _is_count(value: object) -> bool:
@@ -73,19 +80,60 @@ def _is_count(value: object) -> bool:
 
 
 def recorded_shards(metadata: dict[str, Any], split: Split) -> dict[str, dict[str, Any]] | None:
-    """What the metadata lists of one split, by file name; None where it lists nothing at all."""
+    """What the metadata lists of one split, by name within the dataset, in its order.
+
+    Returns:
+        None where it lists nothing at all.
+    """
     if metadata.get("shards") is None:
         return None
-    prefix = f"{split}/"
-    return {
-        entry["name"][len(prefix) :]: entry
-        for entry in metadata["shards"]
-        if entry["name"].startswith(prefix)
-    }
+    return {e["name"]: e for e in metadata["shards"] if splits_of(e["name"]) == [split]}
+
+
+def splits_of(name: str) -> list[Split]:
+    """The splits that the name of a shard within the dataset names: one, none or both."""
+    folder, slash, _ = name.partition("/")
+    if slash:
+        return [split for split in _WORDS if split == folder]
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return [split for split, known in _WORDS.items() if words & known]
+
+
+def natural_order(name: str) -> tuple[list[Any], str]:
+    """A key to sort by: numbers by their value, so that shard_99999 comes before shard_100000."""
+    parts: list[Any] = _NUMBERS.split(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+def is_declared(metadata: dict[str, Any], split: Split) -> bool:
+    """Whether the metadata says that the split holds something."""
+    return bool(recorded_shards(metadata, split)) or any(_declared(metadata, split))
+
+
+def _declared(metadata: dict[str, Any], split: Split) -> tuple[int | None, int | None]:
+    """How many shards and tokens the metadata counts; None where it does not."""
+    shards, tokens = metadata.get(f"{split}_shards"), metadata.get(f"num_{split}_tokens")
+    return shards if _is_count(shards) else None, tokens if _is_count(tokens) else None
+
+
+def check_counts(
+    dataset_dir: Path, split: Split, n_shards: int, n_tokens: int, metadata: dict[str, Any]
+) -> None:
+    """Refuse a split of other sizes than the metadata counts."""
+    for name, found, said in zip(
+        ("shard(s)", "tokens"), (n_shards, n_tokens), _declared(metadata, split), strict=True
+    ):
+        if said is not None and found != said:
+            raise IntegrityError(
+                f"{split} split of {dataset_dir}",
+                f"{found} {name}, where {METADATA} says {said}",
+                f"copy the files again or {PREPARE}",
+            )
 
 
 def check_listing(
-    dataset_dir: Path, split: Split, present: set[str], recorded: dict[str, dict[str, Any]]
+    dataset_dir: Path, split: Split, present: Set[str], recorded: dict[str, dict[str, Any]]
 ) -> None:
     """Refuse a directory and a shard list that differ: both ways the training data would change."""
     missing = sorted(recorded.keys() - present)

@@ -11,13 +11,16 @@ import numpy as np
 import xxhash
 
 from mypt_fast.data.format import native
-from mypt_fast.data.format.files import open_file, opened, read_at
+from mypt_fast.data.format.files import open_file, opened, read_at, sampled_digest
 from mypt_fast.data.format.shard import Documents, Ends, Plane, Shard
 from mypt_fast.errors import ChecksumError, FormatError, TruncatedShardError
 
 # Tables of a whole split that are hashed when it is opened: 0.1 s from the page cache. What is
 # above it is checked when it is first used.
 TABLES_AT_OPEN = 256 << 20
+# Shards of a split up to which each is sampled for the fingerprint: 16,384 small reads. Of more
+# the header alone, which covers the hash of the tokens, identifies a shard.
+SAMPLED_SHARDS = 256
 CURE = "copy the file again, or prepare the dataset again"
 
 
@@ -37,7 +40,11 @@ class NativeFile(NamedTuple):
 
 
 def open_native(
-    path: Path, label: str = "", most: int = TABLES_AT_OPEN, payload_hash: str = ""
+    path: Path,
+    label: str = "",
+    most: int = TABLES_AT_OPEN,
+    payload_hash: str = "",
+    is_sampled: bool = True,
 ) -> tuple[Shard, int]:
     """Open one shard; return it, and the bytes of tables that were checked.
 
@@ -46,6 +53,7 @@ def open_native(
         label: its name in the dataset, see `Shard`.
         most: bytes of tables that are hashed now; longer ones when they are first used.
         payload_hash: what the metadata records of its tokens, XXH3-128 in hex, if anything.
+        is_sampled: whether samples of the file are part of its digest.
 
     Raises:
         DataError: it is missing or cannot be read.
@@ -57,6 +65,8 @@ def open_native(
     descriptor, size = open_file(path)
     try:
         file, digest = _inspect(descriptor, size, path, most)
+        if is_sampled:
+            digest += "+" + sampled_digest(descriptor, size, path)
     finally:
         os.close(descriptor)
     header, layout = file.header, file.layout

@@ -25,6 +25,10 @@ LLMC_KINDS = {(20240520, 1): 2, (20240801, 7): 4}  # magic, version: bytes a tok
 LLMC_MAGICS = {magic for magic, _ in LLMC_KINDS}
 _LLMC_FIELDS = struct.Struct("<iii")
 
+# Where the dtype of tokens without a header is declared: for a dataset, and for a file by itself.
+IN_METADATA = f'set "dtype": "{{}}" in {METADATA}'
+IN_FLAG = "say --input_dtype {}"
+
 _SAMPLE_BYTES = 64 << 10
 _MIN_SAMPLE_WORDS = 32  # below this a pattern of zeros proves nothing
 
@@ -38,6 +42,7 @@ def open_stream(
     vocab_size: int = 0,
     recorded: dict[str, Any] | None = None,
     explicit: bool = False,
+    cure: str = IN_METADATA,
 ) -> Shard:
     """Open a file that is nothing but tokens.
 
@@ -49,6 +54,7 @@ def open_stream(
         vocab_size: as the metadata says, or 0.
         recorded: what the metadata says of this file, if anything.
         explicit: whether the format was named, rather than concluded from the folder's layout.
+        cure: where its dtype can be declared.
 
     Raises:
         DataError: it cannot be read.
@@ -60,11 +66,13 @@ def open_stream(
             raise TruncatedShardError(
                 f"shard {path}",
                 f"{size} bytes is not a multiple of {width} (uint{8 * width})",
-                f"the file was cut short or has another dtype: {PREPARE}, or set dtype in "
-                f"{METADATA}",
+                f"the file was cut short or has another dtype: {PREPARE}, or "
+                + cure.format("uint16" if width == 4 else "uint32"),
             )
         _refuse_foreign(descriptor, size, path, explicit)
-        digest = (recorded or {}).get("xxh3_128") or sampled_digest(descriptor, size, path)
+        # What is recorded was true when it was written; the samples are of what lies here now.
+        hashes = ((recorded or {}).get("xxh3_128"), sampled_digest(descriptor, size, path))
+        digest = "+".join(filter(None, hashes))
     finally:
         os.close(descriptor)
     n_tokens = size // width
@@ -160,7 +168,7 @@ def _is_llmc(head: bytes, size: int) -> bool:
     return n_tokens > 0 and any(size == LLMC_HEADER_BYTES + n_tokens * w for w in widths)
 
 
-def check_width(shard: Shard, vocab_size: int | None) -> None:
+def check_width(shard: Shard, vocab_size: int | None, cure: str = IN_METADATA) -> None:
     """Refuse a shard whose first tokens say that it was written with the other width.
 
     uint32 read as uint16 is silent otherwise: every second token is 0. uint16 read as uint32 gives
@@ -182,5 +190,5 @@ def check_width(shard: Shard, vocab_size: int | None) -> None:
         raise IntegrityError(
             f"shard {shard.path}",
             f"declared {declared}, but its tokens look like {likely}",
-            f'set "dtype": "{likely}" in {METADATA}, or {PREPARE}',
+            f"{cure.format(likely)}, or {PREPARE}",
         )

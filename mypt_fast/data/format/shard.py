@@ -80,6 +80,8 @@ class Shard:
         notice: one line for people about how the file was understood.
         tokenizer: SHA-256 of the tokenizer's state; zeros where unknown.
         trailing: bytes of the file after the last token.
+        continues: the shard before it whose last document goes on in this one; None where a
+            document begins here, or nobody says.
     """
 
     path: Path
@@ -97,6 +99,7 @@ class Shard:
     notice: str = ""
     tokenizer: bytes = bytes(32)
     trailing: int = 0
+    continues: Path | None = None
 
     @property
     def file_size(self) -> int:
@@ -145,12 +148,22 @@ class Shard:
         return np.asarray(mapped)
 
 
+def count_documents(shards: list[Shard]) -> int | None:
+    """How many documents a split holds, each once over however many shards; None if unknown."""
+    filled = [shard for shard in shards if shard.n_tokens]
+    known = [shard.documents.count for shard in filled if shard.documents is not None]
+    if not shards or len(known) != len(filled):
+        return None
+    return sum(known) - sum(shard.continues is not None for shard in filled)
+
+
 def dataset_fingerprint(shards: list[Shard]) -> str:
-    """Return 16 hex digits that change when a name, size, width, digest or plane does."""
+    """Return 16 hex digits that change when a name, size, width, digest, plane or document does."""
     text = "".join(map(_line, shards)).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def _line(s: Shard) -> str:
     planes = "".join(f" {plane.kind}" for plane in s.planes)
+    planes += " continues" if s.continues else ""
     return f"{s.name} {s.width} {s.offset} {s.n_tokens} {s.digest}{planes}\n"

@@ -12,7 +12,7 @@ import numpy as np
 
 from mypt_fast.data.format.dataset import has_split, open_file, open_split
 from mypt_fast.data.format.files import opened, read_at
-from mypt_fast.data.format.metadata import read_metadata, recorded_shards
+from mypt_fast.data.format.metadata import is_declared, read_metadata, recorded_shards
 from mypt_fast.data.format.shard import Shard, Split
 from mypt_fast.data.format.writers import Block
 from mypt_fast.errors import DataError
@@ -44,7 +44,7 @@ class Source:
         digests = []
         for split, shards in self.splits.items():
             recorded = recorded_shards(self.metadata, split) or {}
-            digests += [recorded.get(s.path.name, {}).get("xxh3_128", "") for s in shards]
+            digests += [recorded.get(s.name, {}).get("xxh3_128", "") for s in shards]
         return digests
 
 
@@ -67,9 +67,15 @@ def open_source(path: Path, dtype: str | None = None) -> Source:
             f"--input_dtype {dtype} for {path}", "a dataset's folder", "it is for a single file"
         )
     names: tuple[Split, ...] = get_args(Split)
-    found = [split for split in names if has_split(path, split)] or names[:1]
-    splits = {split: open_split(path, split, int64=True) for split in found}
-    return Source(path, splits, read_metadata(path))
+    metadata = read_metadata(path)
+    found = [
+        split for split in names if is_declared(metadata, split) or has_split(path, split, metadata)
+    ]
+    splits = {
+        split: open_split(path, split, int64=True, metadata=metadata)
+        for split in found or names[:1]
+    }
+    return Source(path, splits, metadata)
 
 
 def token_dtype(shard: Shard) -> np.dtype[Any]:
@@ -78,9 +84,16 @@ def token_dtype(shard: Shard) -> np.dtype[Any]:
     return np.dtype(f"<{'i' if signed else 'u'}{shard.width}")
 
 
-def read_blocks(shard: Shard) -> Iterator[Block]:
-    """Yield a shard's tokens with what lies beside them; only document ends are read at once."""
+def read_blocks(shard: Shard, goes_on: bool = False) -> Iterator[Block]:
+    """Yield a shard's tokens with what lies beside them; only document ends are read at once.
+
+    Args:
+        shard: what to read.
+        goes_on: whether its last document goes on in the next shard, and does not end here.
+    """
     ends = shard.document_ends() if shard.documents else np.empty(0, np.uint64)
+    if goes_on:
+        ends = ends[:-1]
     dtype = token_dtype(shard)
     with contextlib.ExitStack() as stack:
         tokens = stack.enter_context(opened(shard.path))[0]

@@ -22,6 +22,7 @@ from mypt_fast.data.format import native, native_file
 from mypt_fast.data.format.files import open_file
 from mypt_fast.data.format.shard import Plane, Shard
 from mypt_fast.data.format.source import Source, open_source, token_dtype
+from mypt_fast.data.format.tokenizer_file import check_tokenizer, read_tokenizer
 from mypt_fast.errors import (
     ChecksumError,
     DataChangedError,
@@ -74,6 +75,8 @@ def verify_dataset(dataset_dir: Path, full: bool = True, workers: int | None = N
 def verify_source(source: Source, full: bool = True, workers: int | None = None) -> Report:
     """`verify_dataset` of what was opened already."""
     shards, digests = source.shards, source.recorded_digests()
+    if source.path.is_dir():
+        check_tokenizer(shards, read_tokenizer(source.path), source.path)
     report = Report(len(shards), sum(shard.n_tokens for shard in shards))
     report.unhashed = [
         shard.name

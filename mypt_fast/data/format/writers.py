@@ -42,27 +42,29 @@ class Block:
 
 
 class FlatWriter:
-    """Tokens and no more; with llm.c's header where `llmc` is set."""
+    """Tokens and no more; with llm.c's header of so many tokens where `llmc_tokens` is set."""
 
-    def __init__(self, path: Path, width: int, *, llmc: bool = False) -> None:
-        """Create the file."""
+    def __init__(self, path: Path, width: int, *, llmc_tokens: int | None = None) -> None:
+        """Create the file.
+
+        Raises:
+            DataError: llm.c's header cannot count as many tokens.
+        """
+        if llmc_tokens is not None and llmc_tokens > _LLMC_MOST:
+            raise DataError(f"{path}", f"llm.c counts at most {_LLMC_MOST} tokens in a file")
         self.path, self.width, self.n_tokens = path, width, 0
         self.max_token = 0
-        self._llmc = llmc
+        header = b"" if llmc_tokens is None else raw.pack_llmc_header(llmc_tokens, width)
+        self.hash = xxhash.xxh3_128(header)
         self._file: BinaryIO = path.open("wb")
-        self.hash = xxhash.xxh3_128()
-        if llmc:
-            self._file.write(raw.pack_llmc_header(0, width))
+        self._file.write(header)
 
     def append(self, block: Block) -> None:
         """Write the tokens of a block.
 
         Raises:
             TokenRangeError: an id does not fit the width.
-            DataError: llm.c's header cannot count as many tokens.
         """
-        if self._llmc and self.n_tokens + len(block.tokens) > _LLMC_MOST:
-            raise DataError(f"{self.path}", f"llm.c counts at most {_LLMC_MOST} tokens in a file")
         self._write(fit(block.tokens, self.width, self.path, self.n_tokens))
 
     def _write(self, tokens: NDArray[Any]) -> None:
@@ -73,9 +75,6 @@ class FlatWriter:
 
     def finish(self) -> None:
         """Complete the file on the disk."""
-        if self._llmc:
-            self._file.seek(0)
-            self._file.write(raw.pack_llmc_header(self.n_tokens, self.width))
         _close(self._file)
 
     def abandon(self) -> None:
