@@ -29,7 +29,8 @@ def staged(
             and are carried over.
         adopt: says whether what a killed process left can be continued; such a directory is
             yielded as it was left, any other is new and empty. With it, what an interruption
-            (KeyboardInterrupt) leaves is kept as well, if it can be continued.
+            (KeyboardInterrupt) or a full disk (OSError) leaves is kept as well, if it can be
+            continued.
 
     Raises:
         OSError: as the system reports it; `target` is then as it was.
@@ -47,7 +48,7 @@ def staged(
         sync_directory(aside)
         _swap(aside, target)
         sync_directory(target.parent)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         keep = adopt is not None and adopt(aside)
         raise
     finally:

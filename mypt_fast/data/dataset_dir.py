@@ -14,7 +14,9 @@ from mypt_fast.errors import DataError
 METADATA_NAME = "dataset_metadata.json"
 STATE_NAME = "tokenizer_state.json"
 SPLITS = ("train", "val")
-OWNED = frozenset({METADATA_NAME, STATE_NAME, *SPLITS})
+# In a published dataset only where the process died at that moment.
+JOURNAL_NAME = "journal.jsonl"
+OWNED = frozenset({METADATA_NAME, STATE_NAME, JOURNAL_NAME, *SPLITS})
 _FORMATS = ("native", "mypt")
 
 
@@ -81,7 +83,7 @@ def refuse_foreign(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"--out_dir {folder}", f"is not empty and no dataset of ours ({names[0]})")
     for path in folder.rglob("*"):
         if not re.fullmatch(
-            r"(train|val)(/shard_\d+\.bin)?|tokenizer_state\.json|dataset_metadata\.json",
+            r"(train|val)(/shard_\d+\.bin)?|tokenizer_state\.json|dataset_metadata\.json|journal\.jsonl",
             path.relative_to(folder).as_posix(),
         ):
             raise DataError(f"--out_dir {folder}", f"holds {path.name}, no part of a dataset", cure)

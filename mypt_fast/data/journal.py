@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mypt_fast.data.corpus import Source
+from mypt_fast.data.dataset_dir import JOURNAL_NAME
 
-JOURNAL_NAME = "journal.jsonl"
 _VERSION = 1
 
 
@@ -99,10 +99,11 @@ class Journal:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def remove(self) -> None:
-        """Remove the journal, before the directory is published."""
-        self.close()
-        self.path.unlink()
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Remove the journal of a directory that is published; left there, it harms nobody."""
+        with contextlib.suppress(OSError):
+            (folder / JOURNAL_NAME).unlink()
 
 
 def can_continue(folder: Path, key: str) -> bool:

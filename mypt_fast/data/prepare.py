@@ -110,8 +110,9 @@ def prepare(
             journal = stack.enter_context(closing(Journal(folder, key)))
             metadata = _build(options, sources, digest, folder, journal, is_once, progress, note)
             _make_publishable(folder, metadata)
-            journal.remove()
-            return metadata
+        # Until here it is the journal that makes a finished dataset publishable after a kill.
+        Journal.remove(out_dir)
+        return metadata
     except OSError as error:
         # Inputs report their own errors: what arrives here concerns the output.
         reason = error.strerror or str(error)
@@ -131,7 +132,8 @@ class _Adoption:
     def __call__(self, folder: Path) -> bool:
         if not self.is_once and can_continue(folder, self.key):
             if self.is_started:
-                self.note("what is finished stays: the same command goes on from there")
+                cure = "the same command goes on from there"
+                self.note(f"what is finished stays in {folder}: {cure}")
             return True
         if has_journal(folder) and not self.is_started:
             reason = (

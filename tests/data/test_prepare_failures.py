@@ -50,7 +50,7 @@ def test_an_interrupted_replacement_keeps_the_old_dataset(
 
 
 @pytest.mark.parametrize("has_exchange", [True, False])
-def test_a_replacement_that_fails_at_the_last_step_puts_the_old_dataset_back(
+def test_a_replacement_that_fails_at_the_last_step_keeps_both_datasets(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
 ) -> None:
     before = build(tmp_path / "out", texts)
@@ -64,11 +64,14 @@ def test_a_replacement_that_fails_at_the_last_step_puts_the_old_dataset_back(
     def refuse(a: Path, b: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("os.rename", fail_to_publish)
-    monkeypatch.setattr(publish, "_exchange", refuse if has_exchange else lambda a, b: False)
-    with pytest.raises(DataError, match="Permission denied"):
-        build(tmp_path / "out", texts, tokens_per_shard=50)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", fail_to_publish)
+        patch.setattr(publish, "_exchange", refuse if has_exchange else lambda a, b: False)
+        with pytest.raises(DataError, match="Permission denied"):
+            build(tmp_path / "out", texts, tokens_per_shard=50)
     check_whole(tmp_path / "out", before)
+    assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
+    check_whole(tmp_path / "out", build(tmp_path / "out", texts, tokens_per_shard=50))
     assert sorted(os.listdir(tmp_path)) == ["out", "texts"]
 
 

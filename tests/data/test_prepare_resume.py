@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -242,12 +243,87 @@ def test_an_interruption_keeps_what_a_killed_run_would_leave(
     notes: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(run, progress, notes.append)
-    assert notes == ["what is finished stays: the same command goes on from there"]
+    (note,) = notes
+    (left,) = tmp_path.glob(".out.tmp-*")
+    assert note == f"what is finished stays in {left}: the same command goes on from there"
     notes.clear()
     prepare.prepare(run, note=notes.append)
     assert [note.split(" ")[0] for note in notes] == ["continuing"]
     prepare.prepare(options(tmp_path / "whole", inputs))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_was_done_before_the_disk_was_full_is_kept(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mypt_fast.data.build.CHECKPOINT_TOKENS", 100)
+    prepare.prepare(options(tmp_path / "whole", inputs, tokens_per_shard=1_000_000))
+    largest = max(path.stat().st_size for path in (tmp_path / "whole" / "train").iterdir())
+    run = options(tmp_path / "out", inputs, tokens_per_shard=1_000_000)
+    told = tmp_path / "told"
+    pid = os.fork()
+    if pid == 0:  # no file may grow to what the largest one needs
+        notes: list[str] = []
+        try:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((4096 + largest) // 2, most))
+            prepare.prepare(run, note=notes.append)
+        except DataError as error:
+            told.write_text("\n".join([*notes, str(error)]))
+            os._exit(7)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WEXITSTATUS(status) == 7
+    (left,) = tmp_path.glob(".out.tmp-*")
+    note, error = told.read_text().splitlines()
+    assert note == f"what is finished stays in {left}: the same command goes on from there"
+    assert "File too large" in error
+    notes = []
+    prepare.prepare(run, note=notes.append)
+    assert [note.split(" ")[0] for note in notes] == ["continuing"]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_finished_dataset_survives_a_kill_before_and_after_its_publication(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    expected = prepare.prepare(options(tmp_path / "whole", inputs))
+    run = options(tmp_path / "out", inputs)
+    if not is_first:
+        prepare.prepare(options(tmp_path / "out", inputs, no_eot=True))
+
+    def killed(before: bool) -> None:
+        from mypt_fast import publish
+
+        swap = publish._swap
+
+        def die(new: Path, target: Path) -> None:
+            if not before:
+                swap(new, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        pid = os.fork()
+        if pid == 0:
+            try:
+                monkeypatch.setattr(publish, "_swap", die)
+                prepare.prepare(run)
+            finally:
+                os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+    killed(before=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.Encoder, "__call__", lambda *_: pytest.fail("encoded again"))
+        assert prepare.prepare(run) == expected
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    killed(before=False)
+    assert (tmp_path / "out" / journal.JOURNAL_NAME).exists()
+    assert prepare.prepare(run) == expected
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out.*"))
 
 
 @pytest.mark.parametrize("more", [{}, {"tokenization": "char"}], ids=["gpt2", "char"])
