@@ -26,7 +26,7 @@ from typing import Any
 
 from mypt_fast import __version__
 from mypt_fast.data import fast_gpt2
-from mypt_fast.data.build import Build
+from mypt_fast.data.build import Build, damaged_shard
 from mypt_fast.data.corpus import DEMO_NAME, Source, find_inputs, fingerprint, stdlib_sources
 from mypt_fast.data.dataset_dir import (
     METADATA_NAME,
@@ -40,7 +40,7 @@ from mypt_fast.data.dataset_dir import (
 )
 from mypt_fast.data.documents import LineCleaning, Reader
 from mypt_fast.data.encoding import Encoder, cores, in_order, units
-from mypt_fast.data.journal import Journal, can_continue, has_journal, run_key
+from mypt_fast.data.journal import Journal, has_journal, last_checkpoint, run_key
 from mypt_fast.data.shard_writer import FORMATS, ShardKind, balance, settle
 from mypt_fast.errors import DataError
 from mypt_fast.presets import read_json
@@ -103,7 +103,7 @@ def prepare(
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            adopt = _Adoption(key, is_once, note)
+            adopt = _Adoption(key, options.format, is_once, note)
             folder = stack.enter_context(staged(out_dir, OWNED, adopt))
             adopt.is_started = True
             sources = _made_rereadable(sources, options, stack, folder)
@@ -125,22 +125,28 @@ class _Adoption:
     """Whether what a killed run left can be continued; says why if it cannot."""
 
     key: str
+    format: str
     is_once: bool
     note: Note
     is_started: bool = False
 
     def __call__(self, folder: Path) -> bool:
-        if not self.is_once and can_continue(folder, self.key):
-            if self.is_started:
+        last = None if self.is_once else last_checkpoint(folder, self.key)
+        if self.is_started:
+            if last is not None:
                 cure = "the same command goes on from there"
                 self.note(f"what is finished stays in {folder}: {cure}")
+            return last is not None
+        damaged = damaged_shard(folder, last, self.format) if last is not None else ""
+        if last is not None and not damaged:
             return True
-        if has_journal(folder) and not self.is_started:
-            reason = (
-                "standard input and pipes cannot be read twice"
-                if self.is_once
-                else "it had finished no shard, or its inputs or options were others"
-            )
+        if has_journal(folder):
+            if self.is_once:
+                reason = "standard input and pipes cannot be read twice"
+            elif damaged:
+                reason = f"{damaged} is not what was written"
+            else:
+                reason = "it had finished no shard, or its inputs or options were others"
             self.note(f"an interrupted run cannot be continued, so this one starts over: {reason}")
         return False
 

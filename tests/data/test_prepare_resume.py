@@ -192,9 +192,7 @@ def test_what_was_done_is_not_done_again(
     assert metadata["total_tokens"] / 2 < done < metadata["total_tokens"]
 
 
-@pytest.mark.parametrize(
-    "change", ["options", "input", "missing shard", "short shard", "open shard", "torn", "odd"]
-)
+@pytest.mark.parametrize("change", ["options", "input", "short index", "open shard", "torn", "odd"])
 def test_a_run_that_does_not_fit_is_never_continued(
     inputs: tuple[str, ...], tmp_path: Path, change: str
 ) -> None:
@@ -206,10 +204,8 @@ def test_a_run_that_does_not_fit_is_never_continued(
         run = options(tmp_path / "out", inputs, no_eot=True)
     elif change == "input":
         Path(inputs[0], "30.jsonl").write_text('{"text": "other rows than before"}\n')
-    elif change == "missing shard":
-        (left / "train" / "shard_00000.bin").unlink()
-    elif change == "short shard":
-        os.truncate(left / "train" / "shard_00001.bin", 5)
+    elif change == "short index":
+        os.truncate(left / "train.documents", 5)
     elif change == "open shard":
         os.truncate(max((left / "train").iterdir()), 4096)
     elif change == "odd":
@@ -219,7 +215,7 @@ def test_a_run_that_does_not_fit_is_never_continued(
         with (left / journal.JOURNAL_NAME).open("ab") as file:
             file.write(b'{"reader": {"source"')
     notes: list[str] = []
-    if change.endswith("shard"):
+    if change in ("short index", "open shard"):
         with pytest.raises(DataError, match=r"the interrupted run; cannot be continued.*again"):
             prepare.prepare(run)
     prepare.prepare(run, note=notes.append)
@@ -227,8 +223,47 @@ def test_a_run_that_does_not_fit_is_never_continued(
     prepare.prepare(fresh)
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
     assert [note.split(" ")[0] for note in notes] == {"torn": ["continuing"]}.get(
-        change, [] if change.endswith("shard") else ["an"]
+        change, [] if change in ("short index", "open shard") else ["an"]
     )
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize("shards", ["native", "mypt"])
+@pytest.mark.parametrize(
+    ("damage", "is_finished"),
+    [("missing", False), ("short", False), ("long", False), ("token", False), ("token", True),
+     ("other", False), ("other", True), ("pipe", False)],
+)  # fmt: skip
+def test_a_run_whose_finished_shards_were_damaged_starts_over_and_says_so(
+    inputs: tuple[str, ...], tmp_path: Path, damage: str, is_finished: bool, shards: str
+) -> None:
+    more = {"format": shards, "val_fraction": 0.7}
+    n_events = events_of(options(tmp_path / "whole", inputs, **more))
+    run = options(tmp_path / "out", inputs, **more)
+    # The last three events publish: then the journal ends with the metadata.
+    assert killed_at(n_events - 2 if is_finished else n_events * 3 // 4, run)
+    (left,) = tmp_path.glob(".out.tmp-*")
+    path = left / "train" / "shard_00001.bin"
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "short":
+        path.write_bytes(data[:-4])
+    elif damage == "long":
+        path.write_bytes(data + bytes(4))
+    elif damage == "token":
+        data[4096 + 7 if shards == "native" else 7] ^= 1
+        path.write_bytes(data)
+    elif damage == "other":
+        path.write_bytes((left / "train" / "shard_00002.bin").read_bytes())
+    elif damage == "pipe":
+        os.mkfifo(path)
+    notes: list[str] = []
+    prepare.prepare(run, note=notes.append)
+    assert notes == [
+        "an interrupted run cannot be continued, so this one starts over: "
+        "train/shard_00001.bin is not what was written"
+    ]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert not list(tmp_path.glob(".out.*"))
 
 
