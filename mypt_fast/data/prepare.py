@@ -44,7 +44,7 @@ from mypt_fast.data.journal import Journal, has_journal, last_checkpoint, run_ke
 from mypt_fast.data.shard_writer import FORMATS, ShardKind, balance, settle
 from mypt_fast.errors import DataError
 from mypt_fast.presets import read_json
-from mypt_fast.publish import restore, staged, sync_directory
+from mypt_fast.publish import left_alone, restore, staged, sync_directory
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.tokenizer_state import state_digest
 
@@ -102,6 +102,9 @@ def prepare(
     is_once = any(source.once for source in sources)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
+        for folder in left_alone(out_dir):
+            reason = "a process that fills it lives, or may live on another machine"
+            note(f"{folder} is left alone: {reason}; if that one is gone, remove it")
         with ExitStack() as stack:
             adopt = _Adoption(key, options.format, is_once, note)
             folder = stack.enter_context(staged(out_dir, OWNED, adopt))
