@@ -8,11 +8,13 @@ import ctypes
 import errno
 import fcntl
 import glob
+import json
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -203,6 +205,17 @@ def _carry_over(source: Path, destination: Path, owned: frozenset[str]) -> None:
                 os.link(entry.path, there)
             except OSError:  # a file system without hard links
                 shutil.copy2(entry.path, there)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that is complete or absent: a temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def sync_directory(path: Path) -> None:

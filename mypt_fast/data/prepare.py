@@ -34,9 +34,8 @@ from mypt_fast.data.dataset_dir import (
     SPLITS,
     STATE_NAME,
     has_all_shards,
-    read_metadata,
+    own_metadata,
     refuse_foreign,
-    write_json,
 )
 from mypt_fast.data.documents import LineCleaning, Reader
 from mypt_fast.data.encoding import Encoder, cores, in_order, units
@@ -44,7 +43,7 @@ from mypt_fast.data.journal import Journal, has_journal, last_checkpoint, run_ke
 from mypt_fast.data.shard_writer import FORMATS, ShardKind, balance, settle
 from mypt_fast.errors import DataError
 from mypt_fast.presets import read_json
-from mypt_fast.publish import left_alone, restore, staged, sync_directory
+from mypt_fast.publish import left_alone, restore, staged, sync_directory, write_json
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.tokenizer_state import state_digest
 
@@ -164,7 +163,7 @@ def ensure_demo_dataset(out_dir: Path, tokenization: str, progress: Progress | N
         DataError: `out_dir` holds something else, which is left alone.
     """
     options = PrepareOptions(out_dir, tokenization=tokenization, demo=True)
-    metadata = read_metadata(out_dir)
+    metadata = own_metadata(out_dir)
     used = metadata.get("options") if metadata is not None else None
     if metadata is not None and used == _recorded(options):
         is_same = metadata.get("corpus_fingerprint") == fingerprint(stdlib_sources())

@@ -7,7 +7,6 @@ split. The new dataset appears complete or not at all.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -106,7 +105,7 @@ def convert(
         if target not in ("mypt", "native"):  # the others are not listed by file
             del metadata["shards"]
         _copy_tokenizer(source, folder)
-        _write_json(folder / METADATA, metadata)
+        publish.write_json(folder / METADATA, metadata)
         for entry in os.scandir(folder):
             if entry.is_dir():
                 publish.sync_directory(Path(entry.path))
@@ -237,11 +236,3 @@ def _copy_tokenizer(source: Source, folder: Path) -> None:
     path = source.path / TOKENIZER
     if path.is_file():
         shutil.copyfile(path, folder / TOKENIZER)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
