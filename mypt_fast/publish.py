@@ -6,15 +6,21 @@ A reader sees the old directory or the new one, never a mixture, whenever the pr
 import contextlib
 import ctypes
 import errno
+import fcntl
 import glob
+import json
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
+# In a directory that can be continued, locked while its process lives: it holds the id of the boot.
+LOCK_NAME = "in_use.lock"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextlib.contextmanager
@@ -32,7 +38,8 @@ def staged(
             and are carried over.
         adopt: says whether what a killed process left can be continued; such a directory is
             yielded as it was left, any other is new and empty. With it, what an interruption
-            (KeyboardInterrupt) leaves is kept as well, if it can be continued.
+            (KeyboardInterrupt) or a full disk (OSError) leaves is kept as well, if it can be
+            continued.
         retire: called with the directory that was replaced, once the new one is durable; what it
             does not move away is removed.
 
@@ -44,22 +51,27 @@ def staged(
     if not _adopt(target, aside, adopt):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
+    lock = None if adopt is None else _hold(aside)
     keep = False
     try:
         yield aside
         if target.is_dir():
             _carry_over(target, aside, owned)
+        if adopt is not None:
+            (aside / LOCK_NAME).unlink(missing_ok=True)
         sync_directory(aside)
         _swap(aside, target)
         sync_directory(target.parent)
         if retire is not None and aside.is_dir():
             retire(aside)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         keep = adopt is not None and adopt(aside)
         raise
     finally:
         if not keep:
             shutil.rmtree(aside, ignore_errors=True)  # what failed, or what was there before
+        if lock is not None:
+            os.close(lock)
 
 
 def temporary(target: Path) -> Path:
@@ -94,9 +106,9 @@ def restore(target: Path) -> None:
     """Put back what was under the name when a process died between its two renames."""
     for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.old-*")):
         if target.exists():
-            if not _may_live(old.name):
+            if not _may_live(old):
                 shutil.rmtree(old, ignore_errors=True)
-        elif not _may_live(old.name) or not _is_here(old.name):
+        elif not _may_live(old) or not _is_here(old.name):
             # Where a process of another machine lives on after all, its second rename fails and
             # the old state stays: nothing is lost.
             os.rename(old, target)
@@ -104,8 +116,16 @@ def restore(target: Path) -> None:
 
 def _leftovers(target: Path) -> list[Path]:
     """Directories that dead processes of this machine left."""
-    found = sorted(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
-    return [path for path in found if not _may_live(path.name)]
+    return [path for path in _staged_for(target) if not _may_live(path)]
+
+
+def left_alone(target: Path) -> list[Path]:
+    """Directories that other processes are filling, or may be: nobody continues or removes them."""
+    return [path for path in _staged_for(Path(os.path.realpath(target))) if _may_live(path)]
+
+
+def _staged_for(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
 
 
 def _me() -> str:
@@ -119,8 +139,17 @@ def _is_here(name: str) -> bool:
     return name.endswith((*mine, f".tmp-{pid}", f".old-{pid}"))  # without a host: an older name
 
 
-def _may_live(name: str) -> bool:
-    """Whether the process that made a name may still be there; another machine's always may."""
+def _may_live(path: Path) -> bool:
+    """Whether the process that made a directory may still be there; another machine's always may.
+
+    Its lock tells, if it has one: a number is given to the next process, a machine is renamed.
+    """
+    name = path.name
+    is_held, boot = _look_at_lock(path)
+    if is_held:
+        return True
+    if boot and (boot == _boot() or _is_here(name)):
+        return False
     pid = name.rsplit("-", 1)[1]
     if not _is_here(name):
         return True
@@ -133,6 +162,44 @@ def _may_live(name: str) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _boot() -> bytes:
+    try:
+        return _BOOT.read_bytes().strip()
+    except OSError:
+        return b""
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a directory until the descriptor is closed or the process dies; None if that fails."""
+    lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.write(lock, _boot())  # only now: an empty file says nothing
+    except OSError:
+        os.close(lock)
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+        return None
+    return lock
+
+
+def _look_at_lock(folder: Path) -> tuple[bool, bytes]:
+    """Whether a directory's lock is held, and if not, in which boot it was; b"" if unknown."""
+    try:
+        lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False, b""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False, os.read(lock, 64)
+    except BlockingIOError:
+        return True, b""
+    except OSError:  # a file system without locks
+        return False, b""
+    finally:
+        os.close(lock)
 
 
 def _carry_over(source: Path, destination: Path, owned: frozenset[str]) -> None:
@@ -151,6 +218,17 @@ def _carry_over(source: Path, destination: Path, owned: frozenset[str]) -> None:
                 os.link(entry.path, there)
             except OSError:  # a file system without hard links
                 shutil.copy2(entry.path, there)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that is complete or absent: a temporary file, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def sync_directory(path: Path) -> None:

@@ -164,8 +164,8 @@ def _summary(metadata: dict[str, Any], out_dir: str) -> str:
     ]
     lines += [
         f"{split:<12}{metadata[f'num_{split}_tokens']:,} tokens, "
-        f"{metadata[f'num_{split}_documents']:,} documents, "
-        f"{metadata[f'{split}_shards']:,} shards"
+        f"{_counted(metadata[f'num_{split}_documents'], 'document')}, "
+        f"{_counted(metadata[f'{split}_shards'], 'shard')}"
         for split in ("train", "val")
     ]
     lines.append(f"split       {metadata['split_rule']}")
@@ -175,10 +175,21 @@ def _summary(metadata: dict[str, Any], out_dir: str) -> str:
     ):
         if metadata[key]:
             lines.append(f"note        {metadata[key]:,} {text}")
-    lines.append(f"verified    {metadata['verified_pieces']:,} texts encoded twice and decoded")
+    lines.append(f"checked     {_checked(metadata)}")
     lines.append(f"next        mypt-fast train --config CONFIG --dataset_dir {out_dir}")
     lines.append(_duplicates(metadata))
     return "\n".join(lines)
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _checked(metadata: dict[str, Any]) -> str:
+    texts = _counted(metadata["verified_pieces"], "sampled text")
+    if metadata["tokenization"] == "gpt2" and not metadata["options"]["mypt_clean"]:
+        return f"{texts}: tiktoken gives the same tokens, and they decode"
+    return f"{texts}: the first tokens decode to the same"
 
 
 def _duplicates(metadata: dict[str, Any]) -> str:

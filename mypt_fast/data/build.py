@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from mypt_fast.data.dataset_dir import SPLITS
 from mypt_fast.data.documents import Position
 from mypt_fast.data.duplicates import Duplicates
 from mypt_fast.data.encoding import Encoded
+from mypt_fast.data.format import native
+from mypt_fast.data.format.files import opened, read_at
+from mypt_fast.data.format.verify import verify_native
 from mypt_fast.data.journal import Checkpoint, Journal
-from mypt_fast.data.shard_writer import ShardKind, SplitState, SplitWriter
-from mypt_fast.errors import DataError
+from mypt_fast.data.shard_writer import CUT_SUFFIX, ShardKind, SplitState, SplitWriter
+from mypt_fast.errors import DataError, MyptError
 
 _DIGESTS = "documents.xxh3"
 # A checkpoint at the latest after this many tokens, however long the shards are.
 CHECKPOINT_TOKENS = 1 << 25
+_READ_BYTES = 1 << 20
 
 
 class Build:
@@ -27,7 +34,8 @@ class Build:
         tokens_per_shard: tokens of a full shard.
         kind: how shards are written.
         dedup: whether repeated documents are left out.
-        journal: where checkpoints go; its last one is where this begins.
+        journal: where checkpoints go; its last one is where this begins. `damaged_shard` vouches
+            for the shards that it calls finished.
         has_checkpoints: whether the inputs can be read again.
 
     Raises:
@@ -115,3 +123,39 @@ class Build:
         """Remove what only a run that continues would need."""
         for name in (_DIGESTS, *(f"{split}.documents" for split in SPLITS)):
             (folder / name).unlink(missing_ok=True)
+
+
+def damaged_shard(folder: Path, last: Checkpoint, format_: str) -> str:
+    """Name the first finished shard that is not what was written; every byte is read.
+
+    A machine that died may have kept a file's length and lost what was in it.
+    """
+    is_finished = last.metadata is not None
+    listed = last.metadata["shards"] if last.metadata else [*chain(*last.shards.values())]
+    for shard in listed:
+        path = folder / shard["name"]
+        cut = path.with_name(path.name + CUT_SUFFIX)
+        if is_finished and cut.exists():  # it takes the other one's place, see `settle`
+            path = cut
+        try:
+            found = _native_hash(path) if format_ == "native" else _flat_hash(path)
+        except MyptError:
+            found = (-1, "")
+        if found != (shard["tokens"], shard["xxh3_128"]):
+            return str(shard["name"])
+    return ""
+
+
+def _native_hash(path: Path) -> tuple[float, str]:
+    verify_native(path)
+    with opened(path) as (descriptor, _):
+        header = native.unpack_header(read_at(descriptor, native.HEADER_BYTES, 0, path))
+    return header.n_tokens, header.payload_hash.hex()
+
+
+def _flat_hash(path: Path) -> tuple[float, str]:
+    digest = xxhash.xxh3_128()
+    with opened(path) as (descriptor, size):
+        for begin in range(0, size, _READ_BYTES):
+            digest.update(read_at(descriptor, min(_READ_BYTES, size - begin), begin, path))
+    return size / 4, digest.hexdigest()

@@ -140,6 +140,8 @@ def fingerprint(sources: Iterable[Source]) -> str:
 
 def _expand(entry: str) -> list[Source]:
     if entry == STDIN:
+        if sys.stdin is None:
+            raise DataError("input -", "standard input is closed", "pipe the text into it")
         return [Source(STDIN, None, once=True)]
     path = Path(entry)
     try:

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from mypt_fast.data.format import WIDTHS, native
-from mypt_fast.errors import DataError
+from mypt_fast.data.format import METADATA, WIDTHS, native, read_metadata
+from mypt_fast.data.format.files import opened, read_at
+from mypt_fast.errors import DataError, MyptError
 
-METADATA_NAME = "dataset_metadata.json"
+METADATA_NAME = METADATA
 STATE_NAME = "tokenizer_state.json"
 SPLITS = ("train", "val")
-OWNED = frozenset({METADATA_NAME, STATE_NAME, *SPLITS})
+# In a published dataset only where the process died at that moment.
+JOURNAL_NAME = "journal.jsonl"
+OWNED = frozenset({METADATA_NAME, STATE_NAME, JOURNAL_NAME, *SPLITS})
 _FORMATS = ("native", "mypt")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that is complete or absent: a temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_metadata(folder: Path) -> dict[str, Any] | None:
+def own_metadata(folder: Path) -> dict[str, Any] | None:
     """Return the metadata of a dataset this program wrote, None for anything else."""
     try:
-        value = json.loads((folder / METADATA_NAME).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        metadata = read_metadata(folder)
+    except (MyptError, OSError):
         return None
-    return value if isinstance(value, dict) and value.get("format") in _FORMATS else None
+    return metadata if metadata.get("format") in _FORMATS else None
 
 
 def has_all_shards(folder: Path, metadata: dict[str, Any]) -> bool:
@@ -47,14 +38,15 @@ def has_all_shards(folder: Path, metadata: dict[str, Any]) -> bool:
             path, n_tokens = folder / shard["name"], shard["tokens"]
             size = n_tokens * width
             if is_native:
-                with path.open("rb") as file:
-                    header = native.unpack_header(file.read(native.HEADER_BYTES))
+                with opened(path) as (descriptor, found):
+                    data = read_at(descriptor, min(found, native.HEADER_BYTES), 0, path)
+                header = native.unpack_header(data)
                 if (header.n_tokens, header.width) != (n_tokens, width):
                     return False
                 size = native.layout(header).file_size
             if path.stat().st_size != size:
                 return False
-    except (OSError, KeyError, TypeError, ValueError):
+    except (MyptError, OSError, KeyError, TypeError, ValueError):
         return False
     return True
 
@@ -76,12 +68,12 @@ def refuse_foreign(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"--out_dir {folder}", error.strerror or str(error), cure) from error
     if not names:
         return None
-    metadata = read_metadata(folder)
+    metadata = own_metadata(folder)
     if metadata is None:
         raise DataError(f"--out_dir {folder}", f"is not empty and no dataset of ours ({names[0]})")
     for path in folder.rglob("*"):
         if not re.fullmatch(
-            r"(train|val)(/shard_\d+\.bin)?|tokenizer_state\.json|dataset_metadata\.json",
+            r"(train|val)(/shard_\d+\.bin)?|tokenizer_state\.json|dataset_metadata\.json|journal\.jsonl",
             path.relative_to(folder).as_posix(),
         ):
             raise DataError(f"--out_dir {folder}", f"holds {path.name}, no part of a dataset", cure)

@@ -11,7 +11,6 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import re
 import sys
 import zlib
@@ -167,7 +166,7 @@ class Reader:
         # With fewer documents than this a hash has nothing to spread; the writer then takes the
         # end of the text for validation, and finds it in one piece.
         self._documents_seen += 1
-        is_leading = self._documents_seen <= math.ceil(1 / self.val_fraction)
+        is_leading = self._documents_seen - 1 < 1 / self.val_fraction  # which may be infinite
         return "train" if is_leading else split_of(text, self.val_fraction)
 
     def _documents(self, source: Source) -> Iterator[_Document]:

@@ -6,6 +6,7 @@ merged as they fill, plus as much again for the moment of a merge.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -134,5 +135,6 @@ class Duplicates:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
+        """Let go of the file without caring whether it could be written."""
+        with contextlib.suppress(OSError):
+            self._file.close()

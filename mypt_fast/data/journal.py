@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mypt_fast.data.corpus import Source
+from mypt_fast.data.dataset_dir import JOURNAL_NAME
 
-JOURNAL_NAME = "journal.jsonl"
 _VERSION = 1
 
 
@@ -62,18 +62,10 @@ class Journal:
 
     def _load(self, key: str) -> None:
         lines, size = _complete_lines(self.path)
-        if not lines or not _is_header(lines[0], key):
+        self.last = _last_of(lines, key)
+        if self.last is None:
             return
-        shards: dict[str, list[dict[str, Any]]] = {}
-        for line in lines[1:]:
-            for split, new in line["shards"].items():
-                shards.setdefault(split, []).extend(new)
-        if len(lines) == 1:
-            return
-        self.last = Checkpoint(**lines[-1])
-        if self.last.metadata is None:
-            self.last.shards = shards
-        self._known = {split: len(names) for split, names in shards.items()}
+        self._known = {split: len(names) for split, names in self.last.shards.items()}
         self._file = self.path.open("r+b")
         self._file.truncate(size)
         self._file.seek(size)
@@ -99,21 +91,35 @@ class Journal:
         with contextlib.suppress(OSError):
             self._file.close()
 
-    def remove(self) -> None:
-        """Remove the journal, before the directory is published."""
-        self.close()
-        self.path.unlink()
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Remove the journal of a directory that is published; left there, it harms nobody."""
+        with contextlib.suppress(OSError):
+            (folder / JOURNAL_NAME).unlink()
 
 
-def can_continue(folder: Path, key: str) -> bool:
-    """Whether `folder` holds a checkpoint of the same preparation."""
+def last_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+    """Return the last checkpoint of the same preparation that `folder` holds, if any."""
     try:
         lines, _ = _complete_lines(folder / JOURNAL_NAME)
     except OSError:
-        return False
-    is_ours = len(lines) > 1 and _is_header(lines[0], key)
+        return None
+    return _last_of(lines, key)
+
+
+def _last_of(lines: list[dict[str, Any]], key: str) -> Checkpoint | None:
     names = {f.name for f in fields(Checkpoint)}
-    return is_ours and all(line.keys() == names for line in lines[1:])
+    if len(lines) < 2 or not _is_header(lines[0], key):
+        return None
+    if any(line.keys() != names for line in lines[1:]):
+        return None
+    shards: dict[str, list[dict[str, Any]]] = {}
+    for line in lines[1:]:
+        for split, new in line["shards"].items():
+            shards.setdefault(split, []).extend(new)
+    last = Checkpoint(**lines[-1])
+    last.shards = shards if last.metadata is None else {}
+    return last
 
 
 def has_journal(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from typing import Any
 
 from mypt_fast import __version__
 from mypt_fast.data import fast_gpt2
-from mypt_fast.data.build import Build
+from mypt_fast.data.build import Build, damaged_shard
 from mypt_fast.data.corpus import DEMO_NAME, Source, find_inputs, fingerprint, stdlib_sources
 from mypt_fast.data.dataset_dir import (
     METADATA_NAME,
@@ -34,17 +34,16 @@ from mypt_fast.data.dataset_dir import (
     SPLITS,
     STATE_NAME,
     has_all_shards,
-    read_metadata,
+    own_metadata,
     refuse_foreign,
-    write_json,
 )
 from mypt_fast.data.documents import LineCleaning, Reader
 from mypt_fast.data.encoding import Encoder, cores, in_order, units
-from mypt_fast.data.journal import Journal, can_continue, has_journal, run_key
+from mypt_fast.data.journal import Journal, has_journal, last_checkpoint, run_key
 from mypt_fast.data.shard_writer import FORMATS, ShardKind, balance, settle
 from mypt_fast.errors import DataError
 from mypt_fast.presets import read_json
-from mypt_fast.publish import restore, staged, sync_directory
+from mypt_fast.publish import left_alone, restore, staged, sync_directory, write_json
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.tokenizer_state import state_digest
 
@@ -102,16 +101,20 @@ def prepare(
     is_once = any(source.once for source in sources)
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
+        for folder in left_alone(out_dir):
+            reason = "a process that fills it lives, or may live on another machine"
+            note(f"{folder} is left alone: {reason}; if that one is gone, remove it")
         with ExitStack() as stack:
-            adopt = _Adoption(key, is_once, note)
+            adopt = _Adoption(key, options.format, is_once, note)
             folder = stack.enter_context(staged(out_dir, OWNED, adopt))
             adopt.is_started = True
             sources = _made_rereadable(sources, options, stack, folder)
             journal = stack.enter_context(closing(Journal(folder, key)))
             metadata = _build(options, sources, digest, folder, journal, is_once, progress, note)
             _make_publishable(folder, metadata)
-            journal.remove()
-            return metadata
+        # Until here it is the journal that makes a finished dataset publishable after a kill.
+        Journal.remove(out_dir)
+        return metadata
     except OSError as error:
         # Inputs report their own errors: what arrives here concerns the output.
         reason = error.strerror or str(error)
@@ -124,21 +127,28 @@ class _Adoption:
     """Whether what a killed run left can be continued; says why if it cannot."""
 
     key: str
+    format: str
     is_once: bool
     note: Note
     is_started: bool = False
 
     def __call__(self, folder: Path) -> bool:
-        if not self.is_once and can_continue(folder, self.key):
-            if self.is_started:
-                self.note("what is finished stays: the same command goes on from there")
+        last = None if self.is_once else last_checkpoint(folder, self.key)
+        if self.is_started:
+            if last is not None:
+                cure = "the same command goes on from there"
+                self.note(f"what is finished stays in {folder}: {cure}")
+            return last is not None
+        damaged = damaged_shard(folder, last, self.format) if last is not None else ""
+        if last is not None and not damaged:
             return True
-        if has_journal(folder) and not self.is_started:
-            reason = (
-                "standard input and pipes cannot be read twice"
-                if self.is_once
-                else "it had finished no shard, or its inputs or options were others"
-            )
+        if has_journal(folder):
+            if self.is_once:
+                reason = "standard input and pipes cannot be read twice"
+            elif damaged:
+                reason = f"{damaged} is not what was written"
+            else:
+                reason = "it had finished no shard, or its inputs or options were others"
             self.note(f"an interrupted run cannot be continued, so this one starts over: {reason}")
         return False
 
@@ -153,7 +163,7 @@ def ensure_demo_dataset(out_dir: Path, tokenization: str, progress: Progress | N
         DataError: `out_dir` holds something else, which is left alone.
     """
     options = PrepareOptions(out_dir, tokenization=tokenization, demo=True)
-    metadata = read_metadata(out_dir)
+    metadata = own_metadata(out_dir)
     used = metadata.get("options") if metadata is not None else None
     if metadata is not None and used == _recorded(options):
         is_same = metadata.get("corpus_fingerprint") == fingerprint(stdlib_sources())

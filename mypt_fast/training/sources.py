@@ -242,7 +242,14 @@ class DataOpener:
         )
 
     def _corpus(self, folders: list[str], split: Split) -> TokenCorpus:
-        return TokenCorpus.from_datasets(folders, split, without=self._damaged)
+        """Open a split of datasets whose shards were written with the tokenizer beside them."""
+        from mypt_fast.data.format.tokenizer_file import check_tokenizer, read_tokenizer
+
+        corpus = TokenCorpus.from_datasets(folders, split, without=self._damaged)
+        for folder in map(Path, folders):
+            shards = [shard for shard in corpus.shards if folder in shard.path.parents]
+            check_tokenizer(shards, read_tokenizer(folder), folder)
+        return corpus
 
     def _dataset(self, folder: str) -> Corpora:
         return self._corpus([folder], "train"), self._corpus([folder], "val")
@@ -291,7 +298,8 @@ class DataOpener:
         if not path.is_file():
             raise DataError(
                 f"{path} is missing",
-                cure=f"prepare {folder} again, or copy its tokenizer state there",
+                cure=f"prepare {folder} again, copy its tokenizer state there, or, if its tokens "
+                f"are GPT-2's, `mypt-fast data convert {folder} OUT --tokenization gpt2`",
             )
         return Tokenizer.from_state(read_json(path, "tokenizer", MAX_TOKENIZER_BYTES))
 

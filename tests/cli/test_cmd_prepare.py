@@ -51,6 +51,36 @@ def test_the_command_prints_a_summary_or_the_metadata(
     assert json.loads(capsys.readouterr().out) == written
 
 
+@pytest.mark.parametrize(
+    ("n_texts", "kind", "line"),
+    [
+        (
+            1,
+            "gpt2",
+            "1 sampled text: tiktoken gives the same tokens, and they decode",
+        ),
+        (
+            3,
+            "gpt2",
+            "3 sampled texts: tiktoken gives the same tokens, and they decode",
+        ),
+        (1, "char", "1 sampled text: the first tokens decode to the same"),
+    ],
+)
+def test_the_summary_says_what_was_checked_in_singular_and_plural(
+    texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    n_texts: int, kind: str, line: str,
+) -> None:  # fmt: skip
+    words = [str(path) for path in sorted(texts.iterdir())[:n_texts]]
+    words += ["--out_dir", str(tmp_path / "out"), "--tokenization", kind]
+    assert cmd_prepare.run(parse(*words)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [found for found in lines if found.startswith("checked")] == [f"checked     {line}"]
+    train, val = (next(x for x in lines if x.startswith(split)) for split in ("train ", "val "))
+    assert train.endswith(", 1 shard")
+    assert f"{n_texts} document{'s' * (n_texts > 1)}" in train + val
+
+
 def test_on_a_terminal_there_is_a_bar(
     texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def test_an_interrupted_replacement_keeps_the_old_dataset(
 
 
 @pytest.mark.parametrize("has_exchange", [True, False])
-def test_a_replacement_that_fails_at_the_last_step_puts_the_old_dataset_back(
+def test_a_replacement_that_fails_at_the_last_step_keeps_both_datasets(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
 ) -> None:
     before = build(tmp_path / "out", texts)
@@ -64,11 +65,14 @@ def test_a_replacement_that_fails_at_the_last_step_puts_the_old_dataset_back(
     def refuse(a: Path, b: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("os.rename", fail_to_publish)
-    monkeypatch.setattr(publish, "_exchange", refuse if has_exchange else lambda a, b: False)
-    with pytest.raises(DataError, match="Permission denied"):
-        build(tmp_path / "out", texts, tokens_per_shard=50)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", fail_to_publish)
+        patch.setattr(publish, "_exchange", refuse if has_exchange else lambda a, b: False)
+        with pytest.raises(DataError, match="Permission denied"):
+            build(tmp_path / "out", texts, tokens_per_shard=50)
     check_whole(tmp_path / "out", before)
+    assert len(list(tmp_path.glob(".out.tmp-*"))) == 1
+    check_whole(tmp_path / "out", build(tmp_path / "out", texts, tokens_per_shard=50))
     assert sorted(os.listdir(tmp_path)) == ["out", "texts"]
 
 
@@ -192,3 +196,38 @@ def test_an_output_that_cannot_be_written_is_one_error(texts: Path, tmp_path: Pa
         build(tmp_path / "file", texts)
     with pytest.raises(DataError, match=r"--out_dir .*file/x"):
         build(tmp_path / "file" / "x", texts)
+
+
+@pytest.mark.parametrize("tokenization", ["gpt2", "char"])
+def test_a_closed_standard_input_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenization: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
+    with pytest.raises(DataError, match=r"input -; standard input is closed; "):
+        build(tmp_path / "out", "-", tokenization=tokenization)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_share_that_has_no_inverse_still_gives_both_splits(texts: Path, tmp_path: Path) -> None:
+    metadata = build(tmp_path / "out", texts, val_fraction=1e-320)
+    assert metadata["num_val_tokens"] == 1
+    check_whole(tmp_path / "out", metadata)
+
+
+def test_metadata_that_is_a_pipe_is_refused_without_waiting_for_a_writer(
+    texts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "dataset_metadata.json")
+
+    def too_late(*_: object) -> None:
+        raise AssertionError("waited for a writer")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(20)
+    try:
+        with pytest.raises(DataError, match=r"no dataset of ours \(dataset_metadata\.json\)"):
+            build(tmp_path / "out", texts)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import io
 import json
 import os
 import random
+import resource
 import signal
-from collections.abc import Callable
+import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from killed import content, events_of, killed_at, options
 from plain_shards import is_native, read_native, tokens
 
-from mypt_fast.data import encoding, journal, prepare, shard_writer
+from mypt_fast import publish
+from mypt_fast.data import encoding, journal, prepare
 from mypt_fast.data.documents import Reader
-from mypt_fast.data.prepare import PrepareOptions
 from mypt_fast.errors import DataError
 from mypt_fast.tokenizer import Tokenizer
 
@@ -50,74 +55,6 @@ def inputs(tmp_path: Path) -> tuple[str, ...]:
     return (str(folder),)
 
 
-def options(out: Path, inputs: tuple[str, ...], **more: Any) -> PrepareOptions:
-    return PrepareOptions(out, inputs, **{"tokens_per_shard": 101, "workers": 1, **more})
-
-
-EVENTS: list[tuple[Any, str]] = [
-    (os, "fsync"),
-    (os, "replace"),
-    (os, "rename"),
-    (os, "unlink"),
-    (shard_writer._ShardFile, "write"),
-    (shard_writer.SplitWriter, "append"),
-]
-
-
-def count_events(patch: pytest.MonkeyPatch, on_event: Callable[[int], None]) -> None:
-    """Call `on_event` with 1, 2, 3, ... before each thing that changes the disk."""
-    count = 0
-
-    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            on_event(count)
-            return original(*args, **kwargs)
-
-        return call
-
-    for where, name in EVENTS:
-        patch.setattr(where, name, counted(getattr(where, name)))
-
-
-def events_of(run: PrepareOptions) -> int:
-    seen: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        count_events(patch, seen.append)
-        prepare.prepare(run)
-    return seen[-1]
-
-
-def killed_at(event: int, run: PrepareOptions) -> bool:
-    """Run in a child that kills itself at an event; False if it came to the end before."""
-    pid = os.fork()
-    if pid == 0:
-
-        def on_event(number: int) -> None:
-            if number == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            count_events(pytest.MonkeyPatch(), on_event)
-            prepare.prepare(run)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 CASES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "mypt format": {"format": "mypt"},
@@ -148,6 +85,61 @@ def test_killed_anywhere_the_dataset_comes_out_the_same(
         prepare.prepare(run)
         assert content(tmp_path / "out" / str(n)) == expected, event
         assert sorted(os.listdir(tmp_path / "out")) == sorted(map(str, range(n + 1)))
+
+
+@pytest.mark.parametrize("owner", ["reused number", "renamed machine", "rebooted", "no locks"])
+def test_a_dead_run_is_continued_whatever_its_name_says(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    n_events = events_of(options(tmp_path / "whole", inputs))
+    run = options(tmp_path / "out", inputs)
+    if owner == "no locks":
+        refused = OSError(errno.ENOLCK, "No locks available")
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=refused))
+    assert killed_at(n_events * 3 // 4, run)
+    (left,) = tmp_path.glob(".out.tmp-*")
+    if owner == "renamed machine":
+        left.rename(tmp_path / ".out.tmp-elsewhere-4")
+    elif owner != "no locks":
+        left.rename(tmp_path / f".out.tmp-{socket.gethostname()}-{os.getppid()}")
+    if owner == "rebooted":
+        monkeypatch.setattr(publish, "_boot", lambda: b"another")
+    notes: list[str] = []
+    prepare.prepare(run, note=notes.append)
+    assert [note.split(" ")[0] for note in notes] == ["continuing"]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize("owner", ["locked", "another machine", "no locks"])
+def test_a_run_that_may_live_is_left_alone_and_named(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    n_events = events_of(options(tmp_path / "whole", inputs))
+    run = options(tmp_path / "out", inputs)
+    assert killed_at(n_events * 3 // 4, run)
+    (left,) = tmp_path.glob(".out.tmp-*")
+    held = None
+    if owner == "locked":
+        held = (left / publish.LOCK_NAME).open("rb")
+        fcntl.flock(held, fcntl.LOCK_EX)
+    elif owner == "another machine":
+        left = left.rename(tmp_path / ".out.tmp-elsewhere-4")
+        monkeypatch.setattr(publish, "_boot", lambda: b"another")
+    else:
+        left = left.rename(tmp_path / f".out.tmp-{socket.gethostname()}-{os.getppid()}")
+        refused = OSError(errno.ENOLCK, "No locks available")
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=refused))
+    before = content(left)
+    notes: list[str] = []
+    prepare.prepare(run, note=notes.append)
+    (note,) = notes
+    assert note.startswith(f"{left} is left alone: ")
+    assert content(left) == before
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    if held is not None:
+        held.close()
+        assert publish.left_alone(tmp_path / "out") == []
 
 
 def test_a_run_that_is_killed_again_and_again_comes_to_an_end(
@@ -191,24 +183,24 @@ def test_what_was_done_is_not_done_again(
     assert metadata["total_tokens"] / 2 < done < metadata["total_tokens"]
 
 
-@pytest.mark.parametrize(
-    "change", ["options", "input", "missing shard", "short shard", "open shard", "torn", "odd"]
-)
+@pytest.mark.parametrize("change", ["options", "input", "short index", "open shard", "torn", "odd"])
 def test_a_run_that_does_not_fit_is_never_continued(
-    inputs: tuple[str, ...], tmp_path: Path, change: str
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    n_events = events_of(options(tmp_path / "whole", inputs))
-    run = options(tmp_path / "out", inputs)
+    more: dict[str, Any] = {}
+    if change == "open shard":
+        monkeypatch.setattr("mypt_fast.data.build.CHECKPOINT_TOKENS", 100)
+        more = {"tokens_per_shard": 1_000_000}
+    n_events = events_of(options(tmp_path / "whole", inputs, **more))
+    run = options(tmp_path / "out", inputs, **more)
     assert killed_at(n_events * 3 // 4, run)
     (left,) = tmp_path.glob(".out.tmp-*")
     if change == "options":
         run = options(tmp_path / "out", inputs, no_eot=True)
     elif change == "input":
         Path(inputs[0], "30.jsonl").write_text('{"text": "other rows than before"}\n')
-    elif change == "missing shard":
-        (left / "train" / "shard_00000.bin").unlink()
-    elif change == "short shard":
-        os.truncate(left / "train" / "shard_00001.bin", 5)
+    elif change == "short index":
+        os.truncate(left / "train.documents", 5)
     elif change == "open shard":
         os.truncate(max((left / "train").iterdir()), 4096)
     elif change == "odd":
@@ -218,16 +210,55 @@ def test_a_run_that_does_not_fit_is_never_continued(
         with (left / journal.JOURNAL_NAME).open("ab") as file:
             file.write(b'{"reader": {"source"')
     notes: list[str] = []
-    if change.endswith("shard"):
+    if change in ("short index", "open shard"):
         with pytest.raises(DataError, match=r"the interrupted run; cannot be continued.*again"):
             prepare.prepare(run)
     prepare.prepare(run, note=notes.append)
-    fresh = options(tmp_path / "fresh", inputs, no_eot=run.no_eot)
+    fresh = options(tmp_path / "fresh", inputs, no_eot=run.no_eot, **more)
     prepare.prepare(fresh)
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
     assert [note.split(" ")[0] for note in notes] == {"torn": ["continuing"]}.get(
-        change, [] if change.endswith("shard") else ["an"]
+        change, [] if change in ("short index", "open shard") else ["an"]
     )
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize("shards", ["native", "mypt"])
+@pytest.mark.parametrize(
+    ("damage", "is_finished"),
+    [("missing", False), ("short", False), ("long", False), ("token", False), ("token", True),
+     ("other", False), ("other", True), ("pipe", False)],
+)  # fmt: skip
+def test_a_run_whose_finished_shards_were_damaged_starts_over_and_says_so(
+    inputs: tuple[str, ...], tmp_path: Path, damage: str, is_finished: bool, shards: str
+) -> None:
+    more = {"format": shards, "val_fraction": 0.7}
+    n_events = events_of(options(tmp_path / "whole", inputs, **more))
+    run = options(tmp_path / "out", inputs, **more)
+    # The last three events publish: then the journal ends with the metadata.
+    assert killed_at(n_events - 2 if is_finished else n_events * 3 // 4, run)
+    (left,) = tmp_path.glob(".out.tmp-*")
+    path = left / "train" / "shard_00001.bin"
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "short":
+        path.write_bytes(data[:-4])
+    elif damage == "long":
+        path.write_bytes(data + bytes(4))
+    elif damage == "token":
+        data[4096 + 7 if shards == "native" else 7] ^= 1
+        path.write_bytes(data)
+    elif damage == "other":
+        path.write_bytes((left / "train" / "shard_00002.bin").read_bytes())
+    elif damage == "pipe":
+        os.mkfifo(path)
+    notes: list[str] = []
+    prepare.prepare(run, note=notes.append)
+    assert notes == [
+        "an interrupted run cannot be continued, so this one starts over: "
+        "train/shard_00001.bin is not what was written"
+    ]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert not list(tmp_path.glob(".out.*"))
 
 
@@ -242,12 +273,85 @@ def test_an_interruption_keeps_what_a_killed_run_would_leave(
     notes: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         prepare.prepare(run, progress, notes.append)
-    assert notes == ["what is finished stays: the same command goes on from there"]
+    (note,) = notes
+    (left,) = tmp_path.glob(".out.tmp-*")
+    assert note == f"what is finished stays in {left}: the same command goes on from there"
     notes.clear()
     prepare.prepare(run, note=notes.append)
     assert [note.split(" ")[0] for note in notes] == ["continuing"]
     prepare.prepare(options(tmp_path / "whole", inputs))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_was_done_before_the_disk_was_full_is_kept(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mypt_fast.data.build.CHECKPOINT_TOKENS", 100)
+    prepare.prepare(options(tmp_path / "whole", inputs, tokens_per_shard=1_000_000))
+    largest = max(path.stat().st_size for path in (tmp_path / "whole" / "train").iterdir())
+    run = options(tmp_path / "out", inputs, tokens_per_shard=1_000_000)
+    told = tmp_path / "told"
+    pid = os.fork()
+    if pid == 0:  # no file may grow to what the largest one needs
+        notes: list[str] = []
+        try:
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((4096 + largest) // 2, most))
+            prepare.prepare(run, note=notes.append)
+        except DataError as error:
+            told.write_text("\n".join([*notes, str(error)]))
+            os._exit(7)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WEXITSTATUS(status) == 7
+    (left,) = tmp_path.glob(".out.tmp-*")
+    note, error = told.read_text().splitlines()
+    assert note == f"what is finished stays in {left}: the same command goes on from there"
+    assert "File too large" in error
+    notes = []
+    prepare.prepare(run, note=notes.append)
+    assert [note.split(" ")[0] for note in notes] == ["continuing"]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out.*"))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_finished_dataset_survives_a_kill_before_and_after_its_publication(
+    inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    expected = prepare.prepare(options(tmp_path / "whole", inputs))
+    run = options(tmp_path / "out", inputs)
+    if not is_first:
+        prepare.prepare(options(tmp_path / "out", inputs, no_eot=True))
+
+    def killed(before: bool) -> None:
+        swap = publish._swap
+
+        def die(new: Path, target: Path) -> None:
+            if not before:
+                swap(new, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        pid = os.fork()
+        if pid == 0:
+            try:
+                monkeypatch.setattr(publish, "_swap", die)
+                prepare.prepare(run)
+            finally:
+                os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+    killed(before=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding.Encoder, "__call__", lambda *_: pytest.fail("encoded again"))
+        assert prepare.prepare(run) == expected
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    killed(before=False)
+    assert (tmp_path / "out" / journal.JOURNAL_NAME).exists()
+    assert prepare.prepare(run) == expected
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".out.*"))
 
 
 @pytest.mark.parametrize("more", [{}, {"tokenization": "char"}], ids=["gpt2", "char"])

@@ -148,6 +148,15 @@ def test_every_byte_is_compared_before_training_if_asked(damaged, capsys) -> Non
     assert "missing" in capsys.readouterr().err
 
 
+def test_another_tokenizer_beside_the_shards_is_refused(damaged, capsys) -> None:
+    path = Path("data/native/tokenizer_state.json")
+    state = json.loads(path.read_text())
+    state["chars"].reverse()
+    path.write_text(json.dumps(state))
+    assert main(native("a", "open")) == 3
+    assert "tokenizer" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_damaged_shard_can_be_left_out_and_the_run_knows(damaged, capsys) -> None:
     assert main(native("a", "skip")) == 0
     said = capsys.readouterr()

@@ -7,7 +7,6 @@ split. The new dataset appears complete or not at all.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -112,10 +111,10 @@ def convert(
             result.tokens += count
         metadata["total_tokens"] = result.tokens
         if state is not None:  # written anew: no bytes of whatever a link leads to are copied
-            _write_json(folder / TOKENIZER, state)
+            publish.write_json(folder / TOKENIZER, state)
         if tokenization is not None:
             metadata["tokenization"] = tokenization
-        _write_json(folder / METADATA, metadata)
+        publish.write_json(folder / METADATA, metadata)
         for entry in os.scandir(folder):
             if entry.is_dir():
                 publish.sync_directory(Path(entry.path))
@@ -255,11 +254,3 @@ def _gpt2_state(source: Source, largest: int) -> dict[str, Any]:
             f"copy the {TOKENIZER} that belongs to it there",
         )
     return tokenizer.get_state()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

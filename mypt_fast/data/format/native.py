@@ -101,6 +101,36 @@ def _up(offset: int) -> int:
     return -(-offset // 8) * 8
 
 
+class BlockHashes:
+    """The block table of a payload that is written in parts."""
+
+    def __init__(self) -> None:
+        self._done: list[int] = []
+        self._block = xxhash.xxh3_64()
+        self._size = 0
+
+    def update(self, data: memoryview) -> None:
+        """Add what comes next of the payload, as bytes."""
+        while len(data):
+            part = data[: BLOCK_BYTES - self._size]
+            self._block.update(part)
+            self._size += len(part)
+            data = data[len(part) :]
+            if self._size == BLOCK_BYTES:
+                self._end()
+
+    def _end(self) -> None:
+        self._done.append(self._block.intdigest())
+        self._block.reset()
+        self._size = 0
+
+    def finish(self) -> bytes:
+        """Return the table; the last block may be shorter than the others."""
+        if self._size:
+            self._end()
+        return struct.pack(f"<{len(self._done)}Q", *self._done)
+
+
 def pack_header(header: Header) -> bytes:
     """The first HEADER_BYTES of a file."""
     fields = _FIELDS.pack(

@@ -101,9 +101,7 @@ class NativeWriter(FlatWriter):
         self._vocab_size, self._eot_id, self._tokenizer = vocab_size, eot_id, tokenizer
         self._ends = _Spool(path.parent)
         self._planes = {k: _Spool(path.parent) for k in ("mask", "segments") if k in planes}
-        self._blocks: list[int] = []
-        self._block = xxhash.xxh3_64()
-        self._in_block = 0
+        self._blocks = native.BlockHashes()
 
     def append(self, block: Block) -> None:
         """Write a block; raises as `FlatWriter.append`."""
@@ -115,31 +113,18 @@ class NativeWriter(FlatWriter):
 
     def _write(self, tokens: NDArray[Any]) -> None:
         super()._write(tokens)
-        data = tokens.data.cast("B") if len(tokens) else memoryview(b"")
-        while len(data):
-            part = data[: native.BLOCK_BYTES - self._in_block]
-            self._block.update(part)
-            self._in_block += len(part)
-            data = data[len(part) :]
-            if self._in_block == native.BLOCK_BYTES:
-                self._end_block()
-
-    def _end_block(self) -> None:
-        self._blocks.append(self._block.intdigest())
-        self._block.reset()
-        self._in_block = 0
+        if len(tokens):
+            self._blocks.update(tokens.data.cast("B"))
 
     def finish(self) -> None:
         """Write what follows the tokens, and the header last."""
-        if self._in_block:
-            self._end_block()
         hashes = {kind: spool.copy_to(self._file, pad=self._pad) for kind, spool in self._parts()}
         flags = native.FLAG_MASK if "mask" in hashes else 0
         flags |= native.FLAG_SEGMENTS if "segments" in hashes else 0
         self._pad()
         tables = xxhash.xxh3_64()
         self._ends.copy_to(self._file, digest=tables)
-        blocks = np.array(self._blocks, "<u8").tobytes()
+        blocks = self._blocks.finish()
         tables.update(blocks)
         self._file.write(blocks)
         header = native.Header(
