@@ -10,15 +10,12 @@ views of one array, which a model would have to copy.
 
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from record import machine, save
+from record import machine, run_suite, save
 
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.tokens import TokenCorpus
@@ -140,17 +137,12 @@ def report(benchmark, case, way):
 
 def main():
     """Run the suite in its own process and keep every sample, without the machine's name."""
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "raw.json")
-        command = [sys.executable, "-m", "pytest", __file__, "--benchmark-only", "-q"]
-        subprocess.run([*command, f"--benchmark-json={raw}"], check=True)
-        run = json.loads(raw.read_text())
     rows = [
         {
             **row["extra_info"],
             "seconds_per_batch": [float(f"{s:.4g}") for s in row["stats"]["data"]],
         }
-        for row in run["benchmarks"]
+        for row in run_suite(__file__)
     ]
     for row in rows:
         row["median_us"] = round(statistics.median(row["seconds_per_batch"]) * 1e6, 2)

@@ -13,7 +13,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import xxhash
 from bench_loader import get_batch
-from record import machine, save
+from record import machine, run_suite, save
 
 from mypt_fast import _native
 from mypt_fast.data.format import native
@@ -268,18 +267,13 @@ def test_resume_at_a_trillion_tokens(benchmark, tmp_path):
 
 def main():
     """Run the suite in its own process and keep every sample, without the machine's name."""
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "raw.json")
-        command = [sys.executable, "-m", "pytest", __file__, "--benchmark-only", "-q"]
-        subprocess.run([*command, f"--benchmark-json={raw}"], check=True)
-        run = json.loads(raw.read_text())
     rows = [
         {
             "case": row["group"],
             **row["extra_info"],
             "seconds": [float(f"{s:.3g}") for s in row["stats"]["data"][:1500]],
         }
-        for row in run["benchmarks"]
+        for row in run_suite(__file__)
     ]
     save("prefetch", {**machine(), "batch": [B, T], "cold_tokens": COLD_TOKENS}, rows)
     for row in rows:

@@ -9,8 +9,6 @@ second` divides by the CPU time of the whole process, so it is the speed of one 
 are at work; `MB/s` is by the clock.
 """
 
-import json
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from record import machine, save
+from record import machine, run_suite, save
 
 from mypt_fast.data.encoding import cores
 from mypt_fast.data.fast_gpt2 import PACKAGE
@@ -122,14 +120,9 @@ def report(benchmark, size, way, cpu):
 
 def main():
     """Run the suite in its own process and keep every sample."""
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "raw.json")
-        command = [sys.executable, "-m", "pytest", __file__, "--benchmark-only", "-q"]
-        subprocess.run([*command, f"--benchmark-json={raw}"], check=True)
-        run = json.loads(raw.read_text())
     rows = [
         {**row["extra_info"], "seconds": [float(f"{s:.4g}") for s in row["stats"]["data"]]}
-        for row in run["benchmarks"]
+        for row in run_suite(__file__)
     ]
     save("prepare", machine(), rows)
     for row in rows:

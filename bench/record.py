@@ -3,7 +3,9 @@
 import datetime
 import json
 import platform
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,16 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "torch": torch.__version__,
     }
+
+
+def run_suite(file: str) -> list[dict[str, Any]]:
+    """Run a benchmark file in its own process; returns what pytest-benchmark found, raw."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "raw.json")
+        command = [sys.executable, "-m", "pytest", file, "--benchmark-only", "-q"]
+        subprocess.run([*command, f"--benchmark-json={raw}"], check=True)
+        rows: list[dict[str, Any]] = json.loads(raw.read_text())["benchmarks"]
+    return rows
 
 
 def save(

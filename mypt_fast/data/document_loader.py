@@ -22,6 +22,7 @@ from mypt_fast.data.packing import (
     Pieces,
     WindowLayout,
 )
+from mypt_fast.data.share import MAX_SAMPLES, Share
 from mypt_fast.errors import DataError, FormatError, TokenRangeError
 
 ALGORITHM = "documents/v1"
@@ -29,7 +30,6 @@ STATE_VERSION = 1
 DEFAULT_RULE = LossRule()
 LAYOUTS = ("mask", "bestfit")
 _SCAN_TOKENS = 1 << 20
-_MAX_SAMPLES = 1 << 62
 
 
 class Corpus(Protocol):
@@ -124,7 +124,7 @@ def document_ends(corpus: Corpus, eot_id: int | None) -> tuple[NDArray[Any], str
     return ends, note
 
 
-class DocumentLoader:
+class DocumentLoader(Share):
     """The stream of batches with documents, cut into steps of `global_batch` samples.
 
     Args:
@@ -166,16 +166,7 @@ class DocumentLoader:
     ) -> None:
         if documents not in LAYOUTS:
             raise ValueError(f"documents is one of {', '.join(LAYOUTS)}, not {documents!r}")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
-        if global_batch < 1 or global_batch % world_size:
-            raise ValueError(f"global_batch {global_batch} is not a multiple of {world_size} ranks")
-        if corpus.n_tokens < seq_len + 1:
-            raise DataError(
-                f"{corpus.source} for a context of {seq_len}",
-                f"{corpus.n_tokens} tokens, where one window needs {seq_len + 1}",
-                "add data or lower block_size",
-            )
+        super().__init__(corpus, seq_len, global_batch, rank, world_size)
         import xxhash
 
         ends = checked_ends(ends, corpus.n_tokens, corpus.source)
@@ -191,20 +182,10 @@ class DocumentLoader:
             else BestFitLayout(ends, seq_len, seed)
         )
         self._order = order.identity() if documents == "mask" else None
-        self._global_batch = global_batch
-        self._share = global_batch // world_size
-        self._offset = rank * self._share
         self._vocab_size, self._pad_id = vocab_size, pad_id
         self._rule, self._weights = rule, weights
         self.n_windows = self._layout.n_samples
-        self.position = 0
-        self._taken = 0
         self._open = True
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the corpus: equal where the tokens are."""
-        return self._corpus.fingerprint
 
     def read(self, first_sample: int, rows: int) -> DocumentBatch:
         """Read samples [first_sample, first_sample + rows) without moving the position.
@@ -230,15 +211,9 @@ class DocumentLoader:
 
     def next(self, rows: int) -> DocumentBatch:
         """Read the next rows of this rank's share; the position moves when the share is used up."""
-        taken = self._taken + rows
-        if rows < 1 or taken > self._share:
-            left = self._share - self._taken
-            raise ValueError(f"{rows} rows asked; {left} of this rank's {self._share} are left")
-        batch = self.read(self.position + self._offset + self._taken, rows)
-        if taken == self._share:
-            self.position, self._taken = self.position + self._global_batch, 0
-        else:
-            self._taken = taken
+        first, _ = self._ask(rows)
+        batch = self.read(first, rows)
+        self._move(rows)
         return batch
 
     def step_weight(self) -> float:
@@ -261,48 +236,11 @@ class DocumentLoader:
             total += float(mask[row, column : column + count] @ stored)
         return total
 
-    def rewind_step(self) -> None:
-        """Go back to the start of the current, unfinished step."""
-        self._taken = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position: small, plain values, the same on every rank.
-
-        Raises:
-            RuntimeError: a step is under way; finish it or call `rewind_step` first.
-        """
-        if self._taken:
-            raise RuntimeError(f"{self._taken} of {self._share} rows of a step were read")
-        return {**self._identity(), "global_sample": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; the global batch and the world size may differ.
-
-        Raises:
-            DataError: the state belongs to another stream; every differing field is named.
-        """
-        differing = [
-            f"{key} is {value!r}, the state has {state.get(key)!r}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
-        ]
-        if differing:
-            raise DataError(
-                f"resuming the data position on {self._corpus.source}",
-                "; ".join(differing),
-                "use the data and settings of the saved run, or start another run (--model_name)",
-            )
-        sample = state.get("global_sample")
-        if type(sample) is not int or not 0 <= sample < _MAX_SAMPLES:
-            raise DataError("resuming the data position", f"global_sample is {sample!r}")
-        self.position, self._taken = sample, 0
-
     def close(self) -> None:
         """Read no more; the corpus stays open for others."""
         self._open = False
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree for a position to mean the same samples."""
         return {
             "version": STATE_VERSION,
             "algo": ALGORITHM,
@@ -318,7 +256,7 @@ class DocumentLoader:
     def _pieces(self, first_sample: int, rows: int) -> Pieces:
         if not self._open:
             raise ValueError("the loader is closed")
-        if rows < 1 or first_sample < 0 or first_sample + rows > _MAX_SAMPLES:
+        if rows < 1 or first_sample < 0 or first_sample + rows > MAX_SAMPLES:
             raise ValueError(f"samples [{first_sample}, +{rows}) are not in [0, 2^62)")
         return self._layout.pieces(first_sample, rows)
 

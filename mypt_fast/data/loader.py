@@ -15,14 +15,14 @@ import numpy as np
 from mypt_fast.data.order import SampleOrder, SampleStream
 from mypt_fast.data.prefetch import Allocate, Array, Gate, Plan, Prefetch, aligned
 from mypt_fast.data.reader import BatchReader, Int64
+from mypt_fast.data.share import MAX_SAMPLES, Share
 from mypt_fast.data.tokens import TokenCorpus
-from mypt_fast.errors import DataError, TokenRangeError
+from mypt_fast.errors import TokenRangeError
 
 STATE_VERSION = 1
-_MAX_SAMPLES = 1 << 62  # far enough below 2^63 that no sum of positions overflows
 
 
-class TokenLoader:
+class TokenLoader(Share):
     """The stream of batches over a corpus, cut into steps of `global_batch` samples.
 
     Step s covers samples [s*G, (s+1)*G) of one global stream; rank r of W takes its r-th part of
@@ -62,16 +62,7 @@ class TokenLoader:
     ) -> None:
         if prefetch < 0 or prefetch == 1:
             raise ValueError(f"prefetch is 0, or 2 batches or more, not {prefetch}")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
-        if global_batch < 1 or global_batch % world_size:
-            raise ValueError(f"global_batch {global_batch} is not a multiple of {world_size} ranks")
-        if corpus.n_tokens < seq_len + 1:
-            raise DataError(
-                f"{corpus.source} for a context of {seq_len}",
-                f"{corpus.n_tokens} tokens, where one window needs {seq_len + 1}",
-                "add data or lower block_size",
-            )
+        super().__init__(corpus, seq_len, global_batch, rank, world_size)
         self._corpus = corpus
         if isinstance(order, str):
             order = SampleOrder(corpus.n_tokens, seq_len, seed, order)
@@ -82,9 +73,6 @@ class TokenLoader:
             )
         self._order = order
         self._reader: BatchReader | None = corpus.reader(self._order)
-        self._global_batch = global_batch
-        self._share = global_batch // world_size
-        self._offset = rank * self._share
         self._vocab_size = vocab_size
         self._slots = prefetch if corpus.backend == "native" else 0
         self._allocate = allocate
@@ -92,13 +80,6 @@ class TokenLoader:
         self._ahead_at = -1  # samples of this rank that the worker's next batch begins after
         self._waits = 0
         self.n_windows = self._order.n_windows
-        self.position = 0
-        self._taken = 0  # rows of this rank's share of the current step already read
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the corpus: equal where the tokens are."""
-        return self._corpus.fingerprint
 
     def read(
         self, first_sample: int, rows: int, x: Int64 | None = None, y: Int64 | None = None
@@ -114,7 +95,7 @@ class TokenLoader:
         Raises:
             DataError: a token id is not below vocab_size.
         """
-        if first_sample < 0 or first_sample + rows > _MAX_SAMPLES:
+        if first_sample < 0 or first_sample + rows > MAX_SAMPLES:
             raise ValueError(f"samples [{first_sample}, +{rows}) are not in [0, 2^62)")
         return self._fill(first_sample, rows, x, y, first_sample + rows)
 
@@ -160,22 +141,6 @@ class TokenLoader:
         waits = self._waits + (self._ahead.waits if self._ahead else 0)
         return {"backend": self._corpus.backend, "io": self._corpus.io, "waits": waits}
 
-    def _ask(self, rows: int) -> tuple[int, int]:
-        """The first sample of the next rows, and of what is read after them."""
-        taken = self._taken + rows
-        if rows < 1 or taken > self._share:
-            left = self._share - self._taken
-            raise ValueError(f"{rows} rows asked; {left} of this rank's {self._share} are left")
-        first = self.position + self._offset + self._taken
-        others = self._global_batch - self._share if taken == self._share else 0
-        return first, first + rows + others
-
-    def _move(self, rows: int) -> None:
-        """Count rows that were handed out."""
-        self._taken += rows
-        if self._taken == self._share:
-            self.position, self._taken = self.position + self._global_batch, 0
-
     def _take(self, rows: int, narrow: bool) -> tuple[Array, ...] | None:
         """A batch from the worker; None within a step that it was not set to from the start."""
         first, following = self._ask(rows)
@@ -212,55 +177,14 @@ class TokenLoader:
             raise ValueError("the loader is closed")
         return self._reader
 
+    def _jump(self) -> None:
+        self._stop_ahead()
+
     def _stop_ahead(self) -> None:
         if self._ahead is not None:
             self._waits += self._ahead.waits
             self._ahead.close()
             self._ahead = None
-
-    def rewind_step(self) -> None:
-        """Go back to the start of the current, unfinished step."""
-        if self._taken:
-            self._stop_ahead()
-        self._taken = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position: small, plain values, the same on every rank.
-
-        Raises:
-            RuntimeError: a step is under way; finish it or call `rewind_step` first.
-        """
-        if self._taken:
-            raise RuntimeError(f"{self._taken} of {self._share} rows of a step were read")
-        return {**self._identity(), "global_sample": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; the global batch and the world size may differ.
-
-        Raises:
-            DataError: the state belongs to another stream; every differing field is named.
-        """
-        expected = self._identity()
-        differing = [
-            f"{key} is {value!r}, the state has {state.get(key)!r}"
-            for key, value in expected.items()
-            if state.get(key) != value
-        ]
-        if differing:
-            raise DataError(
-                f"resuming the data position on {self._corpus.source}",
-                "; ".join(differing),
-                "use the data and settings of the saved run, or start another run (--model_name)",
-            )
-        sample = state.get("global_sample")
-        if (
-            not isinstance(sample, int)
-            or isinstance(sample, bool)
-            or not 0 <= sample < _MAX_SAMPLES
-        ):
-            raise DataError("resuming the data position", f"global_sample is {sample!r}")
-        self._stop_ahead()
-        self.position, self._taken = sample, 0
 
     def close(self) -> None:
         """Stop the worker and drop the reader; the corpus stays open for others."""
@@ -282,7 +206,6 @@ class TokenLoader:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree for a position to mean the same samples."""
         return {
             "version": STATE_VERSION,
             **self._order.identity(),

@@ -211,11 +211,13 @@ class TokenCorpus:
 
 def _spec(s: Shard) -> tuple[Any, ...]:
     """What the extension is told of a shard: also which file it is, as it is opened later."""
-    try:
-        info = os.stat(s.path)
-    except OSError as error:
-        raise DataError(f"shard {s.path}", f"cannot be examined: {error.strerror}") from error
-    identity = (info.st_dev, info.st_ino, info.st_mtime_ns)
+    identity = s.identity
+    if identity is None:
+        try:
+            info = os.stat(s.path)
+        except OSError as error:
+            raise DataError(f"shard {s.path}", f"cannot be examined: {error.strerror}") from error
+        identity = (info.st_dev, info.st_ino, info.st_mtime_ns)
     return str(s.path), s.width, s.n_tokens, s.offset, s.file_size, identity
 
 

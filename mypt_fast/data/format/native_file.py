@@ -64,6 +64,7 @@ def open_native(
     """
     descriptor, size = open_file(path)
     try:
+        info = os.fstat(descriptor)
         file, digest = _inspect(descriptor, size, path, most)
         if is_sampled:
             digest += "+" + sampled_digest(descriptor, size, path)
@@ -90,6 +91,7 @@ def open_native(
         path, header.width, header.n_tokens, layout.payload, digest, "native", label,
         header.vocab_size, header.eot_id, header.max_token, documents, planes, "", header.tokenizer,
         layout.file_size - layout.payload - header.n_tokens * header.width,
+        identity=(info.st_dev, info.st_ino, info.st_mtime_ns),
     )  # fmt: skip
     tables = layout.footer - layout.documents
     return shard, tables if tables <= most else 0

@@ -80,6 +80,8 @@ class Shard:
         notice: one line for people about how the file was understood.
         tokenizer: SHA-256 of the tokenizer's state; zeros where unknown.
         trailing: bytes of the file after the last token.
+        identity: device, inode and time of change, in ns, of the file that was checked; None where
+            whoever opens it again asks for them.
         continues: the shard before it whose last document goes on in this one; None where a
             document begins here, or nobody says.
     """
@@ -99,6 +101,7 @@ class Shard:
     notice: str = ""
     tokenizer: bytes = bytes(32)
     trailing: int = 0
+    identity: tuple[int, int, int] | None = None
     continues: Path | None = None
 
     @property
