@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,6 +98,18 @@ class TokenCorpus:
         """
         if io not in IO:
             raise ValueError(f"io is one of {', '.join(IO)}, not {io!r}")
+        with _uncollected():
+            return cls._open(dataset_dirs, split, backend, io, without)
+
+    @classmethod
+    def _open(
+        cls,
+        dataset_dirs: Sequence[Path | str],
+        split: Split,
+        backend: str,
+        io: str,
+        without: Collection[Path],
+    ) -> TokenCorpus:
         sources = [open_split(Path(folder), split) for folder in dataset_dirs]
         if without:
             sources = [[s for s in source if s.path not in without] for source in sources]
@@ -115,7 +129,8 @@ class TokenCorpus:
         corpus.source_sizes = [sum(s.n_tokens for s in source) for source in sources]
         corpus.shards = shards
         if module := corpus._choose(backend):
-            corpus.io = _fitting_io(shards, module) if io == "auto" else io
+            firsts = [source[0] for source in sources if source]
+            corpus.io = _fitting_io(shards, firsts, module) if io == "auto" else io
             corpus._native = module.Corpus.open(list(map(_spec, shards)), corpus.io)
         elif io == "pread":
             raise DataError(
@@ -209,6 +224,18 @@ class TokenCorpus:
         return module
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the garbage collector: of ten thousand shards everything is kept."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _spec(s: Shard) -> tuple[Any, ...]:
     """What the extension is told of a shard: also which file it is, as it is opened later."""
     identity = s.identity
@@ -221,10 +248,9 @@ def _spec(s: Shard) -> tuple[Any, ...]:
     return str(s.path), s.width, s.n_tokens, s.offset, s.file_size, identity
 
 
-def _fitting_io(shards: list[Shard], module: ModuleType) -> str:
+def _fitting_io(shards: list[Shard], firsts: list[Shard], module: ModuleType) -> str:
     """Map what is on a local disk, fits into memory and is already there; read the rest."""
-    folders = {shard.path.parent for shard in shards}
-    if any(module.is_remote(str(folder)) for folder in folders):
+    if any(module.is_remote(str(shard.path)) for shard in firsts):
         return "pread"
     if sum(shard.file_size for shard in shards) > _SHARE_OF_MEMORY * _available_bytes():
         return "pread"

@@ -12,10 +12,7 @@ without a "dtype" MyPT's tokens are uint32, as MyPT writes them.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -257,8 +254,7 @@ def _open_all(
     width = WIDTHS[metadata.get("dtype", "uint16" if place.format == "nanogpt" else "uint32")]
     vocab_size = metadata.get("vocab_size") or 0
     if place.format == "native":
-        with _uncollected():
-            return _open_natives(files, recorded)
+        return _open_natives(files, recorded)
     shards = []
     for label, path in files.items():
         if place.format == "episodes":
@@ -276,18 +272,6 @@ def _open_all(
         _check_recorded(shard, recorded)
         shards.append(shard)
     return shards
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pause the garbage collector: of ten thousand shards everything is kept."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _open_natives(files: dict[str, Path], recorded: dict[str, dict[str, Any]]) -> list[Shard]:
