@@ -15,6 +15,7 @@
 #include "batch_source.h"
 #include "corpus.h"
 #include "errors.h"
+#include "file_ends.h"
 #include "gather.h"
 #include "mixture.h"
 #include "order.h"
@@ -40,6 +41,25 @@ std::shared_ptr<Corpus> open_corpus(const std::vector<SpecTuple>& shards, const 
     corpus->add_file({path, width, n_tokens, offset, file_size, {device, inode, changed_ns}});
   }
   return corpus;
+}
+
+py::list ends_of_files(const std::vector<std::string>& paths, std::size_t head, std::size_t tail) {
+  std::vector<FileEnds> all;
+  {
+    py::gil_scoped_release unlocked;
+    all = read_ends(paths, head, tail);
+  }
+  py::list out;
+  for (const FileEnds& ends : all) {
+    if (!ends.is_read) {
+      out.append(py::none());
+      continue;
+    }
+    const Identity& id = ends.identity;
+    out.append(py::make_tuple(ends.size, py::make_tuple(id.device, id.inode, id.changed_ns),
+                              py::bytes(ends.head), py::bytes(ends.tail)));
+  }
+  return out;
 }
 
 std::shared_ptr<Corpus> wrap_tokens(const py::array& tokens) {
@@ -285,6 +305,7 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("is_remote", is_remote, py::arg("path"));
   m.def("resident_share", resident_share, py::arg("path"));
+  m.def("read_ends", ends_of_files, py::arg("paths"), py::arg("head"), py::arg("tail"));
   m.def("best_kernel", [] { return kernel_name(best_kernel()); });
   m.def("available_kernels", kernel_names);
   m.def("gather", gather_starts, py::arg("corpus"), py::arg("starts"), py::arg("x"), py::arg("y"),

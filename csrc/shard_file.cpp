@@ -146,6 +146,11 @@ double resident_share(const std::string& path) {
 #endif
 }
 
+Identity identity_of(const struct stat& info) {
+  return {static_cast<std::uint64_t>(info.st_dev), static_cast<std::uint64_t>(info.st_ino),
+          changed_ns(info)};
+}
+
 Descriptor::~Descriptor() {
   if (fd_ >= 0) ::close(fd_);
 }
@@ -175,8 +180,7 @@ std::shared_ptr<const Descriptor> ShardFile::open(int& error) {
     changed(path_, std::to_string(info.st_size) + " bytes, where " + std::to_string(size_) +
                        " were validated");
   }
-  const Identity now{static_cast<std::uint64_t>(info.st_dev),
-                     static_cast<std::uint64_t>(info.st_ino), changed_ns(info)};
+  const Identity now = identity_of(info);
   if (!(identity_ == Identity{}) && !(now == identity_)) {
     changed(path_, "another file, or another time of change, than when it was validated");
   }

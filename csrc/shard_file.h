@@ -1,6 +1,8 @@
 // A shard's file, however its bytes are reached: mapped, read with pread, or copied into memory.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -43,6 +45,8 @@ struct Identity {
     return device == other.device && inode == other.inode && changed_ns == other.changed_ns;
   }
 };
+
+Identity identity_of(const struct stat& info);
 
 // What a thread needs to read: room for tokens, and what tells it to give up waiting for a disk.
 struct Scratch {

@@ -13,18 +13,20 @@ without a "dtype" MyPT's tokens are uint32, as MyPT writes them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mypt_fast.data.format import megatron, native, native_file, raw
 from mypt_fast.data.format.episodes import TOKENS, find_folders, open_episodes
-from mypt_fast.data.format.files import opened, read_at
+from mypt_fast.data.format.files import FileEnds, opened, read_at, read_ends
 from mypt_fast.data.format.metadata import (
     METADATA,
     check_counts,
     check_listing,
     is_declared,
+    is_numbered,
     natural_order,
     read_metadata,
     recorded_shards,
@@ -174,7 +176,10 @@ def _locate(dataset_dir: Path, split: Split, metadata: dict[str, Any]) -> Place:
             return Place("episodes", found.paths, notice=found.notice)
     # iterdir, because `split_dir / name` parses: of 10,000 files a third of the time to open them
     paths = [path for path in split_dir.iterdir() if _is_tokens(path.name)]
-    paths.sort(key=lambda path: natural_order(path.name))
+    if is_numbered([name for name in names if _is_tokens(name)]):
+        paths.sort(key=lambda path: path.name)
+    else:
+        paths.sort(key=lambda path: natural_order(path.name))
     masks = sum(name.endswith("_mask.bin") for name in names)
     notice = f"not read: {masks} *_mask.bin in {split}/" if masks else ""
     if declared:
@@ -278,9 +283,12 @@ def _open_natives(files: dict[str, Path], recorded: dict[str, dict[str, Any]]) -
     """Open native shards; the tables of the first ones are hashed, as many as take little time."""
     shards, budget = [], native_file.TABLES_AT_OPEN
     is_sampled = len(files) <= native_file.SAMPLED_SHARDS
-    for name, path in files.items():
+    ends: Iterable[FileEnds | None] = [None] * len(files)
+    if not is_sampled:
+        ends = read_ends(list(files.values()), native.HEADER_BYTES, native_file.TAIL_BYTES)
+    for (name, path), both in zip(files.items(), ends, strict=True):
         digest = recorded[name].get("xxh3_128", "") if recorded else ""
-        shard, read = native_file.open_native(path, name, budget, digest, is_sampled)
+        shard, read = native_file.open_native(path, name, budget, digest, is_sampled, both)
         if recorded and recorded[name]["tokens"] != shard.n_tokens:
             _check_recorded(shard, recorded)
         budget -= read

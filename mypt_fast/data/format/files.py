@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mypt_fast.errors import DataChangedError, DataError
 
 SAMPLE_BYTES = 4096
 _SAMPLES = 64
+_FILES_AT_ONCE = 512
 # Without O_NONBLOCK the opening of a named pipe waits for a writer that may never come.
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -69,6 +73,44 @@ def read_at(descriptor: int, size: int, offset: int, path: str | Path) -> bytes:
         parts.append(part)
         left, offset = left - len(part), offset + len(part)
     return b"".join(parts)
+
+
+class FileEnds(NamedTuple):
+    """A file's size in bytes, which file it is (see `Shard.identity`), and both its ends."""
+
+    size: int
+    identity: tuple[int, int, int]
+    head: bytes
+    tail: bytes
+
+
+def read_ends(paths: Sequence[Path], head: int, tail: int) -> Iterator[FileEnds | None]:
+    """Read the first `head` and the last `tail` bytes of many files, several at a time.
+
+    Yields:
+        A file's ends, whole where it is shorter; None where it has to be opened by itself: it
+        cannot be read, or there is no extension to read it.
+    """
+    try:
+        native = importlib.import_module("mypt_fast._native").read_ends
+    except (ImportError, AttributeError):
+        yield from [None] * len(paths)
+        return
+
+    def read(begin: int) -> list[Any]:
+        names = list(map(str, paths[begin : begin + _FILES_AT_ONCE]))
+        try:
+            return native(names, head, tail)
+        except TypeError:  # a name that is not UTF-8
+            return [None] * len(names)
+
+    with ThreadPoolExecutor(1) as ahead:  # it reads while the caller looks at what was read
+        coming = ahead.submit(read, 0)
+        for begin in range(0, len(paths), _FILES_AT_ONCE):
+            found = coming.result()
+            coming = ahead.submit(read, begin + _FILES_AT_ONCE)
+            for ends in found:
+                yield ends and FileEnds._make(ends)
 
 
 def sampled_digest(descriptor: int, size: int, path: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,9 @@ import numpy as np
 import xxhash
 
 from mypt_fast.data.format import native
-from mypt_fast.data.format.files import open_file, opened, read_at, sampled_digest
+from mypt_fast.data.format.files import FileEnds, opened, read_at, sampled_digest
 from mypt_fast.data.format.shard import Documents, Ends, Plane, Shard
-from mypt_fast.errors import ChecksumError, FormatError, TruncatedShardError
+from mypt_fast.errors import ChecksumError, DataChangedError, FormatError, TruncatedShardError
 
 # Tables of a whole split that are hashed when it is opened: 0.1 s from the page cache. What is
 # above it is checked when it is first used.
@@ -21,7 +22,10 @@ TABLES_AT_OPEN = 256 << 20
 # Shards of a split up to which each is sampled for the fingerprint: 16,384 small reads. Of more
 # the header alone, which covers the hash of the tokens, identifies a shard.
 SAMPLED_SHARDS = 256
+TAIL_BYTES = 4096  # read at a file's end with its header: the tables of most shards
 CURE = "copy the file again, or prepare the dataset again"
+
+Read = Callable[[int, int], bytes]  # so many bytes from an offset
 
 
 class NativeFile(NamedTuple):
@@ -45,6 +49,7 @@ def open_native(
     most: int = TABLES_AT_OPEN,
     payload_hash: str = "",
     is_sampled: bool = True,
+    ends: FileEnds | None = None,
 ) -> tuple[Shard, int]:
     """Open one shard; return it, and the bytes of tables that were checked.
 
@@ -54,6 +59,7 @@ def open_native(
         most: bytes of tables that are hashed now; longer ones when they are first used.
         payload_hash: what the metadata records of its tokens, XXH3-128 in hex, if anything.
         is_sampled: whether samples of the file are part of its digest.
+        ends: of the file, where they were read already.
 
     Raises:
         DataError: it is missing or cannot be read.
@@ -62,14 +68,16 @@ def open_native(
         ChecksumError: the document index or the block table differ from their hash, or the tokens
             are others than the metadata records.
     """
-    descriptor, size = open_file(path)
-    try:
-        info = os.fstat(descriptor)
-        file, digest = _inspect(descriptor, size, path, most)
-        if is_sampled:
-            digest += "+" + sampled_digest(descriptor, size, path)
-    finally:
-        os.close(descriptor)
+    if ends is not None and not is_sampled:
+        file, digest = _inspect(_EndsReader(path, ends), ends.size, path, most)
+        identity = ends.identity
+    else:
+        with opened(path) as (descriptor, size):
+            info = os.fstat(descriptor)
+            identity = info.st_dev, info.st_ino, info.st_mtime_ns
+            file, digest = _inspect(_reader(descriptor, path), size, path, most)
+            if is_sampled:
+                digest += "+" + sampled_digest(descriptor, size, path)
     header, layout = file.header, file.layout
     if payload_hash and payload_hash != header.payload_hash.hex():
         raise ChecksumError(
@@ -91,7 +99,7 @@ def open_native(
         path, header.width, header.n_tokens, layout.payload, digest, "native", label,
         header.vocab_size, header.eot_id, header.max_token, documents, planes, "", header.tokenizer,
         layout.file_size - layout.payload - header.n_tokens * header.width,
-        identity=(info.st_dev, info.st_ino, info.st_mtime_ns),
+        identity=identity,
     )  # fmt: skip
     tables = layout.footer - layout.documents
     return shard, tables if tables <= most else 0
@@ -100,16 +108,44 @@ def open_native(
 def inspect_native(path: Path) -> NativeFile:
     """Check header, footer and, up to TABLES_AT_OPEN, tables of one file; as `open_native`."""
     with opened(path) as (descriptor, size):
-        return _inspect(descriptor, size, path, TABLES_AT_OPEN)[0]
+        return _inspect(_reader(descriptor, path), size, path, TABLES_AT_OPEN)[0]
 
 
-def _inspect(descriptor: int, size: int, path: Path, most: int) -> tuple[NativeFile, str]:
+def _reader(descriptor: int, path: Path) -> Read:
+    return lambda size, offset: read_at(descriptor, size, offset, path)
+
+
+class _EndsReader:
+    """Reads from a file's ends, and from the file what is not in them."""
+
+    def __init__(self, path: Path, ends: FileEnds) -> None:
+        self._path, self._ends = path, ends
+
+    def __call__(self, size: int, offset: int) -> bytes:
+        ends = self._ends
+        if offset + size <= len(ends.head):
+            return ends.head[offset : offset + size]
+        in_tail = offset - (ends.size - len(ends.tail))
+        if in_tail >= 0:
+            return ends.tail[in_tail : in_tail + size]
+        with opened(self._path) as (descriptor, now):
+            info = os.fstat(descriptor)
+            if (now, (info.st_dev, info.st_ino, info.st_mtime_ns)) != (ends.size, ends.identity):
+                raise DataChangedError(
+                    f"shard {self._path}",
+                    "is another file than a moment ago",
+                    "another program is writing it: wait for that, and start again",
+                )
+            return read_at(descriptor, size, offset, self._path)
+
+
+def _inspect(read: Read, size: int, path: Path, most: int) -> tuple[NativeFile, str]:
     if size < native.HEADER_BYTES + native.FOOTER_BYTES:
         least = native.HEADER_BYTES + native.FOOTER_BYTES
         raise TruncatedShardError(
             f"shard {path}", f"{size} bytes, where a native shard has at least {least}", CURE
         )
-    data = read_at(descriptor, native.HEADER_BYTES, 0, path)
+    data = read(native.HEADER_BYTES, 0)
     try:
         header = native.unpack_header(data)
     except ValueError as error:
@@ -125,7 +161,7 @@ def _inspect(descriptor: int, size: int, path: Path, most: int) -> tuple[NativeF
     _check_claims(header, path)
     is_checked = layout.footer - layout.documents <= most
     begin = layout.documents if is_checked else layout.footer
-    tail = memoryview(read_at(descriptor, size - begin, begin, path))
+    tail = memoryview(read(size - begin, begin))
     try:
         recorded_size, tables_hash = native.unpack_footer(bytes(tail[-native.FOOTER_BYTES :]))
     except ValueError as error:
