@@ -227,6 +227,11 @@ class TrainConfig:
     )
     eval_max_new_tokens: int = opt(64, "tokens per such continuation", lo=1, hi=4096)
     save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
+    async_save: str = opt(
+        "auto",
+        "write saves beside the training, from a copy; auto: where memory has room for it",
+        choices=("auto", "on", "off"),
+    )
     keep_last: int = opt(1, "older states kept, hidden, to go back to when one is damaged", lo=0)
     log_file: str | None = opt(None, "JSONL log; default logs/train/<model_name>_eval.jsonl")
     terminal_log_file: str | None = opt(None, "also write the terminal output here")

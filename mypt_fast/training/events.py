@@ -98,11 +98,19 @@ class EventLog:
         os.truncate(self.path, position)
         return size - position
 
-    def sync(self) -> None:
-        """Put the log on the disk; called before a checkpoint that records its position."""
+    def flush(self) -> None:
+        """Write what waits for the disk; raises OSError if the log cannot be opened."""
         self._append(b"")
+        _ = self._file
+
+    def sync(self) -> None:
+        """Put what is in the file on the disk; called before a checkpoint records its position.
+
+        Another thread may call it while events are written.
+        """
         try:
-            os.fsync(self._file.fileno())
+            if self._open is not None:
+                os.fsync(self._open.fileno())
         except OSError as e:  # the lines are in the file; a run does not end for their durability
             console.notice(f"note: {self.path}: {e.strerror}")
 

@@ -110,6 +110,7 @@ class Selection:
         if not self.settings.allow_gate or not is_due(ext, gold.evaluations, final):
             return None
         save(step)
+        self.store.wait()
         return run_gate(ext, self.settings.run_dir, self.settings.model_name, step, self.between)
 
     def decide(self, step: int, found: Found) -> tuple[Decision, dict[str, Any]]:

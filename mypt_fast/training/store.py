@@ -23,6 +23,7 @@ from mypt_fast.training.gold import GoldState, from_selection_file, selection_fi
 from mypt_fast.training.guard import GuardState
 from mypt_fast.training.run import Run
 from mypt_fast.training.saturation import SaturationState, saved_fields
+from mypt_fast.training.saver import Saver, Snapshot, saves_beside
 
 SHAPE_FIELDS = (
     "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
@@ -59,6 +60,9 @@ class Store:
         self.start_step = 0
         self.progress = Progress()
         self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
+        self.saver = Saver(saves_beside(run.settings, run.device))
+        self._snapshot = Snapshot(run.device)
+        self._tensors: dict[str, Any] | None = None  # in the snapshot, while they are what is here
         self.model: GPT
         self.optimizer: torch.optim.Optimizer
         self.scaler: torch.amp.GradScaler
@@ -74,68 +78,108 @@ class Store:
     # saving
 
     def save(self, step: int) -> None:
-        """Publish the run directory at `step`. A save that fails is logged, not raised."""
+        """Save the run directory at `step`. A save that fails is logged, not raised."""
         keep = self.settings.train.keep_last
-        self._try(self.settings.run_dir, step, self.settings.model.save_dtype, keep_last=keep)
+        self._start(self.settings.run_dir, step, self.settings.model.save_dtype, keep_last=keep)
 
     def save_gold(self, step: int) -> None:
-        """Publish the gold directory, optimizer included: a run can continue from it."""
-        self._try(self.gold_dir, step, self.settings.model.save_dtype)
+        """Save the gold directory, optimizer included: a run can continue from it."""
+        self._start(self.gold_dir, step, self.settings.model.save_dtype)
 
     def save_fp16(self, step: int) -> Path:
-        """Publish half-precision weights to deploy, without optimizer; returns the directory."""
+        """Save half-precision weights to deploy, without optimizer; returns the directory."""
         target = self._beside("_fp16")
-        self._try(target, step, "fp16", optimizer=False)
+        self._start(target, step, "fp16", optimizer=False)
         return target
+
+    def before_move(self) -> None:
+        """Called before weights or moments change: their copy must be made, and is then old."""
+        if self._tensors is not None:
+            self._snapshot.hold_device()
+            self._tensors = None
+
+    def report(self) -> None:
+        """Log the saves that have failed since, in the training's own thread."""
+        for (target, step), error in self.saver.finished():
+            if error is None:
+                self.unsaved.pop(target, None)
+            elif isinstance(error, CheckpointError):
+                self.unsaved[target] = error
+                console.notice(f"step {step}: {error.what}; {error.found}; training goes on")
+                with contextlib.suppress(OSError):  # the log's disk may be the full one
+                    self.log.write("save_failed", iter=step, target=str(target), error=error.found)
+            else:
+                raise error
+
+    def wait(self) -> None:
+        """Wait for the saves under way, and report them."""
+        self.saver.wait()
+        self.report()
+
+    def close(self) -> None:
+        """Wait for the saves under way; whoever asks for more starts anew."""
+        self.saver.close()
 
     def raise_if_unsaved(self) -> None:
         """At the end of a run: raise CheckpointError for a save that failed and was not made up."""
+        self.wait()
         for failure in self.unsaved.values():
             raise failure
 
-    def _try(self, target: Path, step: int, dtype: str | None, **options: Any) -> None:
-        """Save; where the disk refuses, keep the old checkpoint, say so and go on training.
+    def _start(self, target: Path, step: int, dtype: str | None, **options: Any) -> None:
+        """Start a save; where the disk refuses, the old checkpoint stays and training goes on.
 
         The next save point tries again; `raise_if_unsaved` has the last word.
         """
+        self.report()
         try:
-            self._write(target, step, dtype, **options)
-        except CheckpointError as e:
-            self.unsaved[target] = e
-            console.notice(f"step {step}: {e.what}; {e.found}; training goes on")
-            with contextlib.suppress(OSError):  # the log's disk may be the full one
-                self.log.write("save_failed", iter=step, target=str(target), error=e.found)
+            self.log.flush()
+        except OSError as e:
+            what = f"cannot save {target}: its log {self.log.path}"
+            self.saver.fail((target, step), CheckpointError(what, e.strerror or str(e)))
         else:
-            self.unsaved.pop(target, None)
+            content = self._content(target, step, dtype, **options)
+            self.saver.run((target, step), lambda: self._write(target, content))
+        if not self.saver.beside:
+            self.report()
 
-    def _write(
+    def _write(self, target: Path, content: dict[str, Any]) -> None:
+        """Write a save; may run beside the training, so it touches nothing that moves."""
+        self.log.sync()
+        self._snapshot.wait()
+        bundles.write(target, **content)
+
+    def _content(
         self,
         target: Path,
         step: int,
         dtype: str | None,
         optimizer: bool = True,
         keep_last: int = 0,
-    ) -> None:
-        try:
-            self.log.sync()
-        except OSError as e:
-            raise CheckpointError(
-                f"cannot save {target}: its log {self.log.path}", e.strerror or str(e)
-            ) from e
+    ) -> dict[str, Any]:
+        """What `bundle.write` takes, as it is now: tensors copied where training goes on."""
+        tensors = self._tensors
+        if tensors is None:
+            tensors = {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()
+            }  # fmt: skip
+            if self.saver.beside:
+                self.wait()  # for the snapshot before
+                tensors = self._tensors = self._snapshot.take(tensors)
+        assert tensors is not None
         preset = self.settings.preset_path
-        bundles.write(
-            target,
-            config=self.settings.model.to_dict(),
-            state_dict=self.model.state_dict(),
-            tokenizer=self.run.tokenizer.get_state(),
-            training_state=self._training_state(step, dtype, optimizer),
-            optimizer=self.optimizer.state_dict() if optimizer else None,
-            gold_state=self._gold_file(step) if target == self.settings.run_dir else None,
-            original_config=preset.read_bytes() if preset and preset.is_file() else None,
-            save_dtype=dtype,
-            state=self._resume_state(step) if optimizer else {"step": step},
-            keep_last=keep_last,
-        )
+        return {
+            "config": self.settings.model.to_dict(),
+            "state_dict": tensors["model"],
+            "tokenizer": self.run.tokenizer.get_state(),
+            "training_state": self._training_state(step, dtype, optimizer),
+            "optimizer": tensors["optimizer"] if optimizer else None,
+            "gold_state": self._gold_file(step) if target == self.settings.run_dir else None,
+            "original_config": preset.read_bytes() if preset and preset.is_file() else None,
+            "save_dtype": dtype,
+            "state": self._resume_state(step) if optimizer else {"step": step},
+            "keep_last": keep_last,
+        }
 
     def _training_state(self, step: int, dtype: str | None, optimizer: bool) -> dict[str, Any]:
         cfg = self.settings.model
@@ -265,6 +309,8 @@ class Store:
         Raises:
             CheckpointError, IntegrityError: if there is none that can be used.
         """
+        self.wait()
+        self._tensors = None
         saved, started = bundles.read(self.settings.run_dir), self.start_step
         self.restore_weights(saved)
         if saved.manifest:

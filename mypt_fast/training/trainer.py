@@ -124,8 +124,10 @@ class Trainer:
             self.journal.start()
             while self.step < end:
                 self.stop.raise_if_set()
+                self.store.report()
                 if self.stop.save_requested():
                     self._save()
+                    self.store.wait()
                     console.say(f"saved at step {self.step}, as SIGUSR2 asked")
                 if self._evaluation_is_due():
                     self._evaluate()
@@ -141,6 +143,7 @@ class Trainer:
             self._stop_early()
         finally:
             self.live.close()
+            self.store.close()
             self.log.close()
             if self.board is not None:
                 self.board.close()
@@ -171,6 +174,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.mark = self.saved_step = None  # from here on the step is not undone
+        self.store.before_move()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,6 +226,7 @@ class Trainer:
         was = self.run.micro_batch
         if was == 1:
             self._save()
+            self.store.wait()
             raise DeviceError(
                 f"out of memory at step {self.step} with one sequence per forward",
                 found,
@@ -270,6 +275,7 @@ class Trainer:
             self._roll_back(loader, verdict.reason)
         elif verdict.action == "stop":
             self._save()
+            self.store.wait()
             raise DivergedError(
                 f"step {self.step}: {verdict.reason}",
                 f"samples {samples[0]} to {samples[1] - 1} of the training data",
@@ -359,8 +365,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.store.save(self.step)
-        failed = self.settings.run_dir in self.store.unsaved
-        self.saved_step = None if failed else self.step
+        self.saved_step = self.step
 
     def _decide(self, found: Found, final: bool) -> Decision:
         decision, fields = self.selection.decide(self.step, found)
@@ -405,7 +410,8 @@ class Trainer:
         """Undo the unfinished step and save: the resumed run repeats it exactly."""
         self._undo()
         self.live.clear()
-        if self.saved_step != self.step:
+        self.store.wait()
+        if self.saved_step != self.step or self.settings.run_dir in self.store.unsaved:
             self._save()
         self.store.raise_if_unsaved()
         console.say(
