@@ -19,6 +19,7 @@ from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
+from mypt_fast.training.first_start import FirstStart
 from mypt_fast.training.gold import GoldState, from_selection_file, selection_file
 from mypt_fast.training.guard import GuardState
 from mypt_fast.training.run import Run
@@ -61,6 +62,7 @@ class Store:
         self.progress = Progress()
         self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
         self.saver = Saver(saves_beside(run.settings, run.device))
+        self._first = FirstStart(run.settings.run_dir, log)
         self._snapshot = Snapshot(run.device)
         self._tensors: dict[str, Any] | None = None  # in the snapshot, while they are what is here
         self.model: GPT
@@ -103,6 +105,8 @@ class Store:
         for (target, step), error in self.saver.finished():
             if error is None:
                 self.unsaved.pop(target, None)
+                if target == self.settings.run_dir:
+                    self._first.end()
             elif isinstance(error, CheckpointError):
                 self.unsaved[target] = error
                 console.notice(f"step {step}: {error.what}; {error.found}; training goes on")
@@ -257,6 +261,13 @@ class Store:
         # settings came from this directory: another state's weights would not be theirs
         run_dir = self.settings.run_dir
         return bundles.read(run_dir, walk_back=False) if self.settings.resume else None
+
+    def start_anew(self) -> None:
+        """Begin the log of a new run where an earlier start of it, which saved nothing, began."""
+        if dropped := self._first.begin():
+            console.notice(
+                f"{self.log.path}: {dropped} bytes of a start that saved nothing dropped"
+            )
 
     def restore_weights(self, saved: bundles.Bundle) -> None:
         """Load the weights into the model; raises CheckpointError if they do not fit."""

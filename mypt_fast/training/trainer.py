@@ -92,6 +92,8 @@ class Trainer:
         torch.manual_seed(self.train_cfg.seed)  # dropout; weights and data have their own
         if saved is not None:
             self.store.restore(saved)
+        else:
+            self.store.start_anew()
         if use_compile(self.train_cfg, self.device):
             self.model.hidden = torch.compile(self.model.hidden)  # type: ignore[method-assign]
         self.step = self.store.start_step
