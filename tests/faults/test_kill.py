@@ -1,6 +1,7 @@
 """F3 and F13: a run stopped at random moments ends as one that was left alone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,3 +29,11 @@ def test_signals_at_random_moments_are_saved_and_resumed() -> None:
 @pytest.mark.slow
 def test_many_signals_are_saved_and_resumed() -> None:
     assert restarts("--kills", "100", "--steps", "1000", "--signals")["stopped"] == 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(int(os.environ.get("MYPT_FAULTS", "0")) < 10_000, reason="for make faults")
+def test_two_hundred_kills_change_nothing() -> None:
+    result = restarts("--kills", "200", "--steps", "2000")
+    print(f"\nF3: {result}")
+    assert result["stopped"] == 200
