@@ -123,9 +123,12 @@ def dispatch(argv: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", default=False, help="show tracebacks")
     module.add_flags(parser)
     # what follows the script of `run` is the script's, spelling and all
-    own, passed_on = module.split(rest) if hasattr(module, "split") else (rest, [])
-    args = parser.parse_or_suggest(spell(own))
-    args.passed_on = passed_on
+    if hasattr(module, "split"):
+        own, passed_on = module.split(rest)
+        args = parser.parse_or_suggest(spell(own))
+        args.passed_on = passed_on
+    else:
+        args = parser.parse_or_suggest(spell(rest))
     return int(module.run(args))
 
 

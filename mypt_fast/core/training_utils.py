@@ -109,8 +109,8 @@ def coverage_line(coverage: dict[str, Any], max_iters: int) -> str:
     ratio = coverage["coverage_ratio"]
     low, high = coverage["recommended_min_iters"], coverage["recommended_max_iters"]
     return (
-        f"cover   {max_iters:,} steps are {ratio:.2g} passes over the data, "
-        f"{coverage_band(ratio)}; 2 to 5 passes are {low:,} to {high:,} steps"
+        f"{max_iters:,} steps are {ratio:.2g} passes over the data, {coverage_band(ratio)}; "
+        f"2 to 5 passes are {low:,} to {high:,} steps"
     )
 
 

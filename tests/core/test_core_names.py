@@ -1,4 +1,4 @@
-"""The names that scripts import from `core`: all there, and nothing loaded before it is asked for."""
+"""The names that scripts import from `core`: all there, none loaded before it is asked for."""
 
 import ast
 import importlib

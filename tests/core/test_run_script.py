@@ -286,7 +286,8 @@ def test_an_unknown_name_says_what_there_is_and_a_probe_does_not(project):
         assert importlib.util.find_spec("core.compliance") is None
         assert importlib.util.find_spec("core.banner") is not None
         for text in ("from core import GTP", "from core import prnt_banner",
-                     "import core.compliance", "from core.compliance import audit", "core.GTP", "from core import zzzzzz"):
+                     "import core.compliance", "from core.compliance import audit",
+                     "core.GTP", "from core import zzzzzz"):
             try:
                 exec(text)
             except (ImportError, AttributeError) as e:
