@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "config_file": getattr(args, "config_file", None),
         "strict": getattr(args, "strict", False),
         "allow_gate": getattr(args, "allow_gate", False),
+        "preset_yields": getattr(args, "ask", False),
         "strict_compat": os.environ.get("MYPT_STRICT_COMPAT") == "1",
     }
     dry_run = getattr(args, "dry_run", False)
