@@ -70,6 +70,18 @@ def test_the_folder_of_a_linked_script_is_that_of_the_file(project):
     assert (ours["path0"], ours["file"]) == (plain["path0"], plain["file"])
 
 
+def test_the_installed_command_leaves_no_trace_of_its_folder(project):
+    """As `mypt-fast` in a bin folder: Python puts that folder first on sys.path."""
+    folder = project({
+        "bin/mypt-fast": "import sys\nfrom mypt_fast.cli import main\nsys.exit(main())",
+        "sub/report.py": REPORT,
+    })  # fmt: skip
+    words = [str(folder / "bin/mypt-fast"), "run", "sub/report.py", "x"]
+    ours = json.loads(shown(words, folder, mypt=False))
+    plain = json.loads(shown(["sub/report.py", "x"], folder, mypt=False))
+    assert (ours["path"], ours["argv"]) == (plain["path"], plain["argv"])
+
+
 def test_core_is_this_engine_and_there_is_one_of_each_module(project):
     folder = project({
         "core/__init__.py": "raise SystemExit('the user engine ran')",
