@@ -166,8 +166,9 @@ import shutil
 shutil.rmtree("checkpoints/dante")
 """,
     "texts": """\
+from pathlib import Path
 from core import GPTConfig
-config, text = GPTConfig(device="cpu"), open("input.txt").read()
+config, text = GPTConfig(device="cpu"), Path("input.txt").read_text()
 """,
     "choice": """\
 from os.path import exists
