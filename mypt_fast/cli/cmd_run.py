@@ -96,15 +96,16 @@ def _nearest(name: str) -> str:
 def _run_script(script: str, argv: list[str]) -> int:
     path = os.path.realpath(script)
     file = os.path.join(os.getcwd(), script)  # as Python writes it: ./ stays
+    loader = importlib.machinery.SourceFileLoader("__main__", file)
+    source = loader.get_data(file)  # what cannot be read is no failure of the script's
 
     def execute() -> None:
         module = types.ModuleType("__main__")
-        loader = importlib.machinery.SourceFileLoader("__main__", file)
         module.__dict__.update(
             __file__=file, __cached__=None, __builtins__=builtins, __loader__=loader
         )
         sys.modules["__main__"] = module
-        exec(loader.source_to_code(loader.get_data(file), file), module.__dict__)
+        exec(loader.source_to_code(source, file), module.__dict__)
 
     return _executed(execute, Path(path).parent, [script, *argv])
 

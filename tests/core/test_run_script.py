@@ -335,6 +335,18 @@ def test_what_cannot_run_is_told_in_one_line(words, said, project, capsys, monke
     assert line.count("\n") == 1
 
 
+def test_a_script_that_cannot_be_read_is_no_failure_of_the_script(project, capsys, monkeypatch):
+    def refuse(loader, path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.chdir(project({"s.py": ""}))
+    monkeypatch.setattr("importlib.machinery.SourceFileLoader.get_data", refuse)
+    before = list(sys.path), list(sys.meta_path), list(sys.argv)
+    assert main(["run", "s.py"]) == 2
+    assert capsys.readouterr().err == f"error: {Path('s.py').absolute()}: Permission denied\n"
+    assert (sys.path, sys.meta_path, sys.argv) == before
+
+
 @pytest.mark.parametrize("folder", ["", "./", "scripts/", "scripts/model/", "scripts\\utils\\"])
 def test_a_script_of_mypts_that_is_not_there_is_our_command(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
