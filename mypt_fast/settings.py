@@ -75,6 +75,7 @@ def resolve(
     strict: bool = False,
     allow_gate: bool = False,
     strict_compat: bool = False,
+    preset_yields: bool = False,
 ) -> Settings:
     """Merge every source of settings.
 
@@ -86,6 +87,7 @@ def resolve(
         strict: make an ignored architecture flag an error.
         allow_gate: let the external gate's script run. No file can say this.
         strict_compat: do as MyPT does where its documents say otherwise.
+        preset_yields: continue a run whatever architecture the preset names, as train.py does.
 
     Raises:
         ConfigError: with one line, on anything that does not fit.
@@ -112,7 +114,9 @@ def resolve(
         out.init_dir = _source_dir(wanted, checkpoints)
         out.model = _model_of_source(flags[ModelConfig], preset, out.init_dir, strict, out.notices)
     else:
-        out.model = _model(flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices)
+        out.model = _model(
+            flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices, preset_yields
+        )
     saved_run = _known(saved_state.get("training_config"), TrainConfig)
     if name != (saved_state.get("training_config") or {}).get("model_name", name):
         for key in (
@@ -231,13 +235,14 @@ def _model(
     run_dir: Path,
     strict: bool,
     notices: list[str],
+    preset_yields: bool,
 ) -> ModelConfig:
     from_preset = _given(preset, preset.model) if preset else {}
     if saved is None:
         base, source = from_preset, str(preset.path) if preset else ""
     else:
         base, source = _known(saved, ModelConfig), str(run_dir)
-        _refuse_conflict(base, preset, run_dir)
+        _refuse_conflict(base, preset, run_dir, notices if preset_yields else None)
         base |= {k: v for k, v in from_preset.items() if k not in ARCHITECTURE_KEYS}
     if source:
         known = build(ModelConfig, base, source)
@@ -302,8 +307,13 @@ def _model_of_source(
     return build(ModelConfig, {**ours, **kept}, where)
 
 
-def _refuse_conflict(saved: dict[str, Any], preset: presets.Preset | None, run_dir: Path) -> None:
-    """A preset that names another architecture than the run's is a mistake, not a wish."""
+def _refuse_conflict(
+    saved: dict[str, Any], preset: presets.Preset | None, run_dir: Path, notices: list[str] | None
+) -> None:
+    """A preset that names another architecture than the run's is a mistake, not a wish.
+
+    With `notices` it is that all the same, but the run goes on, and they tell.
+    """
     if preset is None:
         return
     defaults = ModelConfig()
@@ -311,6 +321,9 @@ def _refuse_conflict(saved: dict[str, Any], preset: presets.Preset | None, run_d
         ours = saved.get(key, getattr(defaults, key))
         theirs = getattr(preset.model, key)
         if key != "vocab_size" and ours != theirs:  # the tokenizer decides the vocabulary
+            if notices is not None:
+                notices.append(f"{run_dir} goes on with {key} {ours}: {preset.path} has {theirs}")
+                continue
             raise ConfigError(
                 f"{run_dir} cannot continue with {preset.path}",
                 f"{key} is {ours} in the run and {theirs} in the preset",

@@ -17,6 +17,7 @@ from mypt_fast.errors import MyptError
 
 COMMANDS = {
     "train": "train a model, or continue a run",
+    "run": "run a script written for MyPT on this engine",
     "generate": "write text with a trained model",
     "inspect": "show what a run directory holds",
     "verify": "compare every byte of a checkpoint with its hashes",
@@ -92,7 +93,8 @@ def _front() -> Parser:
     return parser
 
 
-def _dispatch(argv: list[str]) -> int:
+def dispatch(argv: list[str]) -> int:
+    """Run the command that `argv` names and return its exit code; raises what the command does."""
     name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if name.startswith("-"):
         later = next((w for w in argv if w in COMMANDS), None)
@@ -120,7 +122,14 @@ def _dispatch(argv: list[str]) -> int:
     )
     parser.add_argument("--debug", action="store_true", default=False, help="show tracebacks")
     module.add_flags(parser)
-    return int(module.run(parser.parse_or_suggest(spell(rest))))
+    # what follows the script of `run` is the script's, spelling and all
+    if hasattr(module, "split"):
+        own, passed_on = module.split(rest)
+        args = parser.parse_or_suggest(spell(own))
+        args.passed_on = passed_on
+    else:
+        args = parser.parse_or_suggest(spell(rest))
+    return int(module.run(args))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            code = _dispatch(argv)
+            code = dispatch(argv)
         except SystemExit as e:  # argparse after --help and --version
             code = e.code if isinstance(e.code, int) else 0
         if sys.stdout:

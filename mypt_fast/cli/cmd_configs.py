@@ -30,7 +30,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_file", metavar="FILE", help="show this preset; also --config")
     parser.add_argument("--configs_dir", metavar="DIR", help="list only this folder")
     parser.add_argument(
-        "--validate", nargs="*", metavar="FILE", help="check these files, or every preset listed"
+        "--validate",
+        nargs="*",
+        metavar="PATH",
+        help="check these files, every .json in these folders, or every preset listed",
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
 
@@ -160,9 +163,19 @@ def detail_lines(preset: presets.Preset) -> list[str]:
     ]  # fmt: skip
 
 
+def _named(word: str) -> list[tuple[str, Path]]:
+    """A file, or every preset in a folder and those under it; raises ConfigError for none."""
+    if not Path(word).is_dir():
+        return [(word, Path(word))]
+    found = sorted(p for p in Path(word).rglob("*.json") if p.is_file())
+    if not found:
+        raise ConfigError(f"--validate {word}", "no .json file in the folder")
+    return [(str(p), p) for p in found]
+
+
 def _validate(args: argparse.Namespace) -> int:
     files = args.validate or ([args.config_file] if args.config_file else [])
-    named = [(f, Path(f)) for f in files] if files else listing(args.configs_dir)
+    named = [item for f in files for item in _named(f)] or listing(args.configs_dir)
     results = []
     for label, path in named:
         try:

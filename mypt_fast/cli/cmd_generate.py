@@ -66,6 +66,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _flag(how, "seed", "N", "same seed, same text (default: a new one each time)", int)
     out = parser.add_argument_group("output")
     _flag(out, "device", "NAME", "cpu, cuda or cuda:N (default: the GPU where there is one)")
+    half = "fp16 weights on a GPU, whatever it could do better; a CPU stays with fp32"
+    out.add_argument("--force_fp16", action="store_true", default=False, help=half)
     info, js = "model, settings and speed on stderr", "one JSON object instead of text"
     out.add_argument("--show_info", action="store_true", default=False, help=info)
     out.add_argument("--json", action="store_true", default=False, help=js)
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from mypt_fast.checkpoint.manifest import locate
 
     path = locate(given.get("model_name", "default"))
-    loaded = _load(path, given.get("device"))
+    loaded = _load(path, given.get("device"), args.force_fp16)
     for text in loaded.notices:
         console.notice(f"note: {text}")
     settings |= {
@@ -148,7 +150,7 @@ def read_prompt(given: dict[str, Any]) -> str:
         raise DataError(f"cannot read prompt {source}", e.strerror or str(e)) from e
 
 
-def _load(path: Path, requested: str | None) -> Any:
+def _load(path: Path, requested: str | None, force_fp16: bool) -> Any:
     import torch
 
     from mypt_fast import generate
@@ -159,6 +161,10 @@ def _load(path: Path, requested: str | None) -> Any:
         console.notice(f"note: {note}")
     precision, _ = devices.precision(device, True, "bf16", explicit=False)
     dtype = precision.dtype if device.type == "cuda" else torch.float32
+    if force_fp16 and device.type == "cuda":
+        dtype = torch.float16
+    elif force_fp16:
+        console.notice("note: --force_fp16 needs a GPU; this runs in fp32")
     return generate.load(path, device, dtype)
 
 

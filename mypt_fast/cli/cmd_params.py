@@ -94,7 +94,7 @@ def ask(cfg: ModelConfig) -> ModelConfig:
     answers: dict[str, Any] = {}
     for key in ASKED:
         print(f"{key} [{getattr(cfg, key)}]: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline() if sys.stdin else ""
         if not line:
             raise ConfigError("--interactive: no answer", f"input ended at {key}")
         if word := line.strip():

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let gold_selection.external_gate run its script; without it, never",
     )
+    run.add_argument(
+        "--yes", action="store_true", help="never ask, not even as `mypt-fast run train.py`"
+    )
+    run.add_argument("--ask", action="store_true", help=argparse.SUPPRESS)  # as train.py does
     flags.add_section(parser, settings.DataConfig, "data")
     flags.add_section(parser, TrainConfig, "training")
     flags.add_section(parser, ModelConfig, "model: run settings", role="run")
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "config_file": getattr(args, "config_file", None),
         "strict": getattr(args, "strict", False),
         "allow_gate": getattr(args, "allow_gate", False),
+        "preset_yields": getattr(args, "ask", False),
         "strict_compat": os.environ.get("MYPT_STRICT_COMPAT") == "1",
     }
     dry_run = getattr(args, "dry_run", False)
@@ -86,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
             console.notice(f"note: {notice}")
         if resolved.train.terminal_log_file:
             console.tee(Path(resolved.train.terminal_log_file))
-        return _train(resolved, dry_run, lock)
+        asks = getattr(args, "ask", False) and not getattr(args, "yes", False)
+        return _train(resolved, dry_run, lock, asks)
 
 
 def _own(run_dir: Path, lock: Any) -> None:
@@ -99,14 +106,14 @@ def _own(run_dir: Path, lock: Any) -> None:
         console.notice(f"note: {notice}")
 
 
-def _train(resolved: settings.Settings, dry_run: bool, lock: Any) -> int:
+def _train(resolved: settings.Settings, dry_run: bool, lock: Any, asks: bool) -> int:
     # imported here: a wrong setting is reported before torch is loaded
     from mypt_fast.training.signals import StopRequested, StopSignal
 
     with StopSignal() as stop:
         try:
             with stop.interruptible():
-                trainer = _prepared(resolved, dry_run, lock)
+                trainer = _prepared(resolved, dry_run, lock, asks)
         except StopRequested:
             console.notice("stopped before training began; there was nothing to save")
             return stop.exit_code
@@ -119,7 +126,9 @@ def _train(resolved: settings.Settings, dry_run: bool, lock: Any) -> int:
             trainer.run.close()
 
 
-def _prepared(resolved: settings.Settings, dry_run: bool, lock: Any) -> "Trainer | None":
+def _prepared(
+    resolved: settings.Settings, dry_run: bool, lock: Any, asks: bool
+) -> "Trainer | None":
     """Open data and weights and print the plan; None where that was all."""
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
@@ -137,8 +146,13 @@ def _prepared(resolved: settings.Settings, dry_run: bool, lock: Any) -> "Trainer
             console.say(line)
     if tight := check_space(resolved):
         console.notice(f"note: {tight}")
+    is_wanted = _covers(opened.train_tokens, resolved, asks)
     if dry_run or resolved.train.max_iters == 0:
         console.say("dry run: settings and data are good; nothing was trained")
+        opened.close()
+        return None
+    if not is_wanted:
+        console.say("not started; --max_iters N trains longer, --yes does not ask")
         opened.close()
         return None
     live = console.Live(resolved.train.max_iters, start)
@@ -151,3 +165,24 @@ def _prepared(resolved: settings.Settings, dry_run: bool, lock: Any) -> "Trainer
         live.close()
         opened.close()
         raise
+
+
+def _covers(train_tokens: int, resolved: settings.Settings, asks: bool) -> bool:
+    """Say how much of the data the run reads where that is little or much; False: the user said no.
+
+    The plan tells the passes of every run; below one and above ten they deserve a line.
+    """
+    from mypt_fast.core.training_utils import calculate_dataset_coverage, coverage_line
+
+    cfg, train = resolved.model, resolved.train
+    coverage = calculate_dataset_coverage(
+        train.max_iters, cfg.batch_size, cfg.block_size, train_tokens, train.grad_accum_steps
+    )
+    ratio = coverage["coverage_ratio"]
+    if 1 <= ratio <= 10 or train.max_iters == 0:
+        return True
+    console.notice(f"note: {coverage_line(coverage, train.max_iters)}")
+    if ratio > 1 or not asks or sys.stdin is None or not sys.stdin.isatty():
+        return True
+    print("Train anyway? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

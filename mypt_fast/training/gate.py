@@ -41,6 +41,7 @@ class GateResult:
     output_json: str | None = None
     error: str | None = None
     output_tail: str = ""
+    command: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -85,6 +86,7 @@ def run_gate(
     model_name: str,
     step: int,
     between: Callable[[], None] = lambda: None,
+    cwd: Path | None = None,
 ) -> GateResult:
     """Run the gate on the checkpoint that was just saved; never raises for what it does.
 
@@ -95,17 +97,21 @@ def run_gate(
         model_name: of the run.
         step: of the checkpoint.
         between: called every twentieth of a second; may raise to stop, which ends the script.
+        cwd: where the script runs, and what it is relative to; `checkpoint_dir` is absolute then.
     """
     out = checkpoint_dir / f"gold_gate_step_{step}.json"
     if not ext.script:
         return GateResult(False, error="external_gate.script is not set")
-    command = [sys.executable, ext.script, *_arguments(ext.args, model_name, str(out))]
-    result: dict[str, Any] = {"metric_path": ext.metric_path, "output_json": str(out)}
+    script = ext.script if cwd is None else str(cwd.absolute() / ext.script)
+    command = [sys.executable, script, *_arguments(ext.args, model_name, str(out))]
+    result: dict[str, Any] = {
+        "metric_path": ext.metric_path, "output_json": str(out), "command": tuple(command),
+    }  # fmt: skip
     try:
-        if not Path(ext.script).is_file():
+        if not Path(script).is_file():
             return GateResult(False, error=f"no script {ext.script}")
         out.unlink(missing_ok=True)  # the verdict of an evaluation that a kill cut short
-        code, tail = _finish(command, ext.timeout_s, between)
+        code, tail = _finish(command, ext.timeout_s, between, cwd)
     except OSError as e:
         return GateResult(True, error=e.strerror or str(e), **result)
     result |= {"returncode": code, "output_tail": tail}
@@ -150,7 +156,7 @@ def deep_get(content: Any, path: str, default: Any = None) -> Any:
 
 
 def _finish(
-    command: list[str], timeout_s: float, between: Callable[[], None]
+    command: list[str], timeout_s: float, between: Callable[[], None], cwd: Path | None = None
 ) -> tuple[int | None, str]:
     """Run a command to its end or to the time limit; returns exit code, or None, and last words.
 
@@ -158,7 +164,7 @@ def _finish(
     """
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        start_new_session=True, cwd=cwd,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         try:

@@ -118,3 +118,10 @@ def test_bad_answers_are_named(capsys, monkeypatch, typed, said) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed + "\n" * 4 if typed else ""))
     assert main(["params", "--interactive"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_questions_without_anyone_to_answer_are_one_line(capsys, monkeypatch) -> None:
+    for stdin in (None, io.StringIO("")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["params", "--interactive"]) == 2
+        assert "--interactive: no answer; input ended at n_layer" in capsys.readouterr().err
