@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model, or continue a run",
     "generate": "write text with a trained model",
     "inspect": "show what a run directory holds",
+    "convert": "turn old checkpoints into bundles",
     "verify": "compare every byte of a checkpoint with its hashes",
     "verify-resume": "prove that a run continues bit for bit",
     "configs": "list, show and check model presets",

@@ -76,12 +76,13 @@ def run(args: argparse.Namespace) -> int:
     }
     dry_run = getattr(args, "dry_run", False)
     run_dir = settings.run_dir(options["model_name"], options["config_file"])
+    from mypt_fast.checkpoint.legacy import old_run
     from mypt_fast.checkpoint.lock import RunLock
 
     with RunLock(run_dir.with_name(run_dir.name + end) for end in ("", "_gold", "_fp16")) as lock:
         if not dry_run and run_dir.parent.is_dir():
             _own(run_dir, lock)
-        resolved = settings.resolve(given, **options)
+        resolved = settings.resolve(given, **options, read_old=old_run)
         for notice in resolved.notices:
             console.notice(f"note: {notice}")
         if resolved.train.terminal_log_file:

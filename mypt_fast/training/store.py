@@ -13,6 +13,8 @@ import torch
 
 from mypt_fast import accounting, console
 from mypt_fast.checkpoint import bundle as bundles
+from mypt_fast.checkpoint import legacy
+from mypt_fast.checkpoint.converting import keep_aside
 from mypt_fast.config import GoldSelection
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.model import GPT
@@ -211,8 +213,17 @@ class Store:
     def read(self) -> bundles.Bundle | None:
         """Read and verify the run directory, None for a new run."""
         # settings came from this directory: another state's weights would not be theirs
-        run_dir = self.settings.run_dir
-        return bundles.read(run_dir, walk_back=False) if self.settings.resume else None
+        if not self.settings.resume:
+            return None
+        if self.settings.old_layout:
+            keep_aside(self.settings.run_dir)  # the next save writes today's
+        return self._read(walk_back=False)
+
+    def _read(self, walk_back: bool) -> bundles.Bundle:
+        run_dir, old = self.settings.run_dir, self.settings.legacy_file
+        if old is not None and not bundles.exists(run_dir):
+            return legacy.read(old)
+        return bundles.read(run_dir, walk_back=walk_back)
 
     def restore_weights(self, saved: bundles.Bundle) -> None:
         """Load the weights into the model; raises CheckpointError if they do not fit."""
@@ -265,7 +276,7 @@ class Store:
         Raises:
             CheckpointError, IntegrityError: if there is none that can be used.
         """
-        saved, started = bundles.read(self.settings.run_dir), self.start_step
+        saved, started = self._read(walk_back=True), self.start_step
         self.restore_weights(saved)
         if saved.manifest:
             saved.manifest.pop("log", None)
