@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mypt_fast.checkpoint import bundle, legacy
+from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.config import ModelConfig, build, field_names
 from mypt_fast.errors import CheckpointError, ConfigError, IntegrityError
 from mypt_fast.model import GPT, KVCache
@@ -72,7 +73,7 @@ def load(
         model.load_state_dict(saved.state_dict)
     except RuntimeError as e:
         raise CheckpointError(
-            f"{path}: model.pt does not fit config.json", " ".join(str(e).split())[:200]
+            f"{path}: model.pt does not fit config.json", misfit(saved.state_dict, cfg)
         ) from e
     model.to(device)
     for p in model.parameters():

@@ -135,6 +135,8 @@ def resolve(
     out.allow_gate, out.strict_compat = allow_gate, strict_compat
     if old is not None:
         out.legacy_file, out.old_layout, out.tokenizer = old.file, old.file is None, old.tokenizer
+        if old.file:
+            out.notices.append(f"continuing {old.file}; the next save writes a bundle beside it")
     wanted = flags[TrainConfig].get("init_from_model") or (preset and preset.train.init_from_model)
     if wanted and not out.resume:
         out.init_dir, old = _source(wanted, checkpoints, read_old)
@@ -156,7 +158,9 @@ def resolve(
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
     began = saved_run.get("init_from_model")
     path = Path(str(began))
-    names = (began, path.name, path.parent.name if path.suffix == ".pt" else "")
+    names = [str(path), path.name]
+    if path.suffix == ".pt":  # a single file was found by its run's name or directory
+        names += [str(path.parent), path.parent.name]
     if out.resume and wanted and wanted not in names:
         out.notices.append(f"init_from_model {wanted} is ignored: {run_dir} goes on from itself")
     start = str(out.init_dir) if out.init_dir else None

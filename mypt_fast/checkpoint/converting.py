@@ -96,6 +96,11 @@ def convert(directory: Path, filename: str | None = None, *, write: bool = True)
         sum(p.numel() for p in _model(new).parameters()), _difference(expected, new),
         new.optimizer is not None, notices=list(new.notices),
     )  # fmt: skip
+    if new.config.get("per_head_era") and new.config["bias"]:
+        out.notices.append(
+            "MyPT itself would load this bundle and compute with GELU, where these weights need "
+            "ReLU: run it with mypt-fast"
+        )
     if not write:
         return out
     before = read_info(directory) if source == directory else {}
@@ -110,18 +115,23 @@ def convert(directory: Path, filename: str | None = None, *, write: bool = True)
         out.kept = keep_aside(directory)
     else:
         out.kept = [source]
-    bundle.write(
-        directory,
-        config=new.config,
-        state_dict=new.state_dict,
-        training_state=state,
-        tokenizer=new.tokenizer,
-        optimizer=new.optimizer,
-        gold_state=before.get("gold_selection_state"),
-        original_config=preset.read_bytes() if before and preset.is_file() else None,
-        state={"step": out.step},
-        keep_last=len(snapshots(directory)) + 1,
-    )
+    try:
+        bundle.write(
+            directory,
+            config=new.config,
+            state_dict=new.state_dict,
+            training_state=state,
+            tokenizer=new.tokenizer,
+            optimizer=new.optimizer,
+            gold_state=before.get("gold_selection_state"),
+            original_config=preset.read_bytes() if before and preset.is_file() else None,
+            state={"step": out.step},
+            keep_last=len(snapshots(directory)) + 1,
+        )
+    except MyptError:
+        for path in out.kept if source == directory else ():
+            path.unlink()  # a second name of a file that is still there
+        raise
     again = bundle.read(directory, walk_back=False)
     out.difference = _difference(expected, again)
     return out

@@ -140,6 +140,17 @@ def check_shapes(
             )
 
 
+def misfit(weights: Mapping[str, Any], cfg: ModelConfig) -> str:
+    """Say in one line which key does not fit a config's model: what was expected and found."""
+    shapes = parameter_shapes(cfg)
+    try:
+        check_layers(weights, cfg, "model.pt")
+        check_shapes(weights, shapes, {name: [name] for name in shapes}, "model.pt")
+    except FormatError as e:
+        return str(e)
+    return ""
+
+
 def _text(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 

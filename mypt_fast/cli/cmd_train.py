@@ -83,6 +83,11 @@ def run(args: argparse.Namespace) -> int:
         if not dry_run and run_dir.parent.is_dir():
             _own(run_dir, lock)
         resolved = settings.resolve(given, **options, read_old=old_run)
+        if not resolved.resume and (run_dir / "final.pt").is_file():
+            resolved.notices.append(
+                f"{run_dir / 'final.pt'} is not continued: --init_from_model {run_dir.name} "
+                "starts from it"
+            )
         for notice in resolved.notices:
             console.notice(f"note: {notice}")
         if resolved.train.terminal_log_file:

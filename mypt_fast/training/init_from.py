@@ -9,6 +9,7 @@ import torch
 from mypt_fast import console
 from mypt_fast.checkpoint import bundle as bundles
 from mypt_fast.checkpoint import legacy
+from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.errors import CheckpointError
 from mypt_fast.model import GPT
 
@@ -57,7 +58,7 @@ def fill(model: GPT, path: Path, seed: int) -> None:
     except RuntimeError as e:
         raise CheckpointError(
             f"weights in {source.path} do not fit its config.json",
-            " ".join(str(e).split())[:200],
+            misfit(weights, model.config),
             "start from another checkpoint",
         ) from e
 

@@ -15,6 +15,7 @@ from mypt_fast import accounting, console
 from mypt_fast.checkpoint import bundle as bundles
 from mypt_fast.checkpoint import legacy
 from mypt_fast.checkpoint.converting import keep_aside
+from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.config import GoldSelection
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.model import GPT
@@ -230,10 +231,9 @@ class Store:
         try:
             self.model.load_state_dict(saved.state_dict)
         except RuntimeError as e:
-            problem = " ".join(str(e).split())[:200]
             raise CheckpointError(
                 f"weights in {saved.path} do not fit its config.json",
-                problem,
+                misfit(saved.state_dict, self.model.config),
                 "undo the edit of config.json",
             ) from e
 
@@ -286,7 +286,8 @@ class Store:
 
     def _restore_optimizer(self, saved: bundles.Bundle) -> None:
         if saved.optimizer is None:
-            if self.start_step:
+            is_bare = saved.path.is_dir() and not (saved.path / "optimizer.pt").is_file()
+            if self.start_step and is_bare:  # of other reasons the reader's notice tells
                 console.notice(f"{saved.path.name}: no optimizer.pt; its moments start from zero")
             return
         try:
