@@ -75,9 +75,13 @@ def _place(name: str, checkpoint: str | None) -> tuple[Path, str | None]:
 
 def _one(directory: Path, file: str | None, dry_run: bool, yes: bool) -> None:
     from mypt_fast.checkpoint.converting import convert, source_of
+    from mypt_fast.checkpoint.legacy import is_per_head_bundle
     from mypt_fast.checkpoint.lock import RunLock
     from mypt_fast.checkpoint.manifest import exists
 
+    if file is None and exists(directory) and not is_per_head_bundle(directory):
+        print(f"{directory} is a bundle in today's layout: nothing to convert")
+        return
     source = source_of(directory, file)
     if not dry_run and source != directory and exists(directory) and not yes:
         _ask(directory, source)

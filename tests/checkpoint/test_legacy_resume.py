@@ -77,9 +77,9 @@ def same(run: Path, model: OldGPT) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("cfg", [SIZES, BIAS], ids=["no bias", "bias"])
-@pytest.mark.parametrize("era", ["file", "bundle"])
+@pytest.mark.parametrize(
+    ("era", "cfg", "groups"), [("file", SIZES, 1), ("bundle", BIAS, 1), ("bundle", SIZES, 2)]
+)
 def test_a_resumed_run_steps_as_plain_adamw_would(era, cfg, groups, capsys) -> None:
     model, old = trained(cfg, tril=groups == 1, groups=groups)
     run = Path("checkpoints/old")
