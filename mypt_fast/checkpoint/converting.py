@@ -72,9 +72,9 @@ def source_of(directory: Path, filename: str | None = None) -> Path:
 def convert(directory: Path, filename: str | None = None, *, write: bool = True) -> Converted:
     """Write a single file's bundle beside it, or a per-head bundle in today's layout.
 
-    The file stays; a per-head bundle's tensor files stay under `<name>.legacy`. Before anything is
-    written, the mapped weights have to compute what the file's own do; afterwards the bundle is
-    read back and compared again. Whoever calls holds the run's lock.
+    The file stays; the tensor files of a bundle that is replaced stay under `<name>.legacy`.
+    Before anything is written, the mapped weights have to compute what the file's own do;
+    afterwards the bundle is read back and compared again. Whoever calls holds the run's lock.
 
     Args:
         directory: of the run; a bundle that is there is replaced.
@@ -86,7 +86,6 @@ def convert(directory: Path, filename: str | None = None, *, write: bool = True)
         IntegrityError: for a damaged file.
     """
     from mypt_fast.checkpoint import bundle
-    from mypt_fast.checkpoint.snapshots import snapshots
 
     source = source_of(directory, filename)
     raw, new = _both(source)
@@ -103,42 +102,46 @@ def convert(directory: Path, filename: str | None = None, *, write: bool = True)
         )
     if not write:
         return out
-    before = read_info(directory) if source == directory else {}
-    preset = directory / "original_config.json"
-    state = {**new.training_state, "model_dtype_at_save": "float32"}
-    state.pop("checkpoint_dtype", None)
-    if new.optimizer is not None:
-        state["optimizer_file"] = "optimizer.pt"
-    else:
-        state.pop("optimizer_file", None)
-    if source == directory:
-        out.kept = keep_aside(directory)
-    else:
-        out.kept = [source]
+    aside = keep_aside(directory) if exists(directory) else []
     try:
-        bundle.write(
-            directory,
-            config=new.config,
-            state_dict=new.state_dict,
-            training_state=state,
-            tokenizer=new.tokenizer,
-            optimizer=new.optimizer,
-            gold_state=before.get("gold_selection_state"),
-            original_config=preset.read_bytes() if before and preset.is_file() else None,
-            state={"step": out.step},
-            keep_last=len(snapshots(directory)) + 1,
-        )
+        _write(directory, new, read_info(directory) if source == directory else {})
     except MyptError:
-        for path in out.kept if source == directory else ():
+        for path in aside:
             path.unlink()  # a second name of a file that is still there
         raise
+    out.kept = aside if source == directory else [source, *aside]
     again = bundle.read(directory, walk_back=False)
     out.difference = _difference(expected, again)
     return out
 
 
+def _write(directory: Path, new: Bundle, before: dict[str, Any]) -> None:
+    """Publish the bundle; of one in the old layout it keeps the small members, `before`."""
+    from mypt_fast.checkpoint import bundle
+    from mypt_fast.checkpoint.snapshots import snapshots
+
+    state = {**new.training_state, "model_dtype_at_save": "float32"}
+    for key in ("checkpoint_dtype", "optimizer_file"):
+        state.pop(key, None)
+    if new.optimizer is not None:
+        state["optimizer_file"] = "optimizer.pt"
+    preset = directory / "original_config.json"
+    bundle.write(
+        directory,
+        config=new.config,
+        state_dict=new.state_dict,
+        training_state=state,
+        tokenizer=new.tokenizer,
+        optimizer=new.optimizer,
+        gold_state=before.get("gold_selection_state"),
+        original_config=preset.read_bytes() if before and preset.is_file() else None,
+        state={"step": new.training_state.get("step")},
+        keep_last=len(snapshots(directory)) + 1,  # none of them is this command's to remove
+    )
+
+
 def keep_aside(directory: Path) -> list[Path]:
-    """Link the tensor files of a per-head bundle to `<name>.legacy`, which no save replaces."""
+    """Link the tensor files of a bundle to `<name>.legacy`, which no save replaces."""
     kept = []
     for name in TENSOR_FILES:
         path, aside = directory / name, directory / (name + KEPT)

@@ -109,8 +109,12 @@ def test_a_bundle_is_replaced_only_when_that_is_said(old: Path, capsys, monkeypa
         assert json.loads((old / "training_state.json").read_text())["step"] == step
         if code:
             assert files(old) == before
+    assert (old / "model.pt.legacy").read_bytes() == before["model.pt"]
+    assert (old / "optimizer.pt.legacy").read_bytes() == before["optimizer.pt"]
     monkeypatch.setattr(cmd_convert.sys, "stdin", None)
     assert main(["convert", "dante", "--checkpoint", "latest.pt", "--yes"]) == 0
+    assert (old / "model.pt.legacy").read_bytes() == before["model.pt"]
+    assert (old / "model.pt.legacy2").is_file()
     assert json.loads((old / "training_state.json").read_text())["step"] == 3
 
 
