@@ -162,7 +162,7 @@ def trained(
 
 def single_file(
     path: Path,
-    model: OldGPT,
+    model: OldGPT | dict[str, torch.Tensor],
     cfg: Any,
     tokenizer: Any = CHAR,
     optimizer: torch.optim.Optimizer | None = None,
@@ -171,7 +171,7 @@ def single_file(
 ) -> Path:
     """Write what MyPT of 2025-11 wrote; a change of None leaves a key out."""
     content = {
-        "model_state_dict": model.state_dict(),
+        "model_state_dict": model.state_dict() if isinstance(model, OldGPT) else model,
         "config": cfg,
         "tokenizer": tokenizer,
         "step": step,
@@ -185,16 +185,16 @@ def single_file(
 
 def old_bundle(
     folder: Path,
-    model: OldGPT,
+    model: OldGPT | dict[str, torch.Tensor],
     cfg: dict[str, Any],
     tokenizer: Any = CHAR,
     optimizer: torch.optim.Optimizer | None = None,
     step: int = 3,
     wrapped: bool = False,
 ) -> Path:
-    """Write a bundle of 2025-12: JSON files and a model.pt of per-head keys."""
+    """Write a bundle of 2025-12 or later, of a per-head model or of the weights given."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict()
+    weights = model.state_dict() if isinstance(model, OldGPT) else model
     content = {"state_dict": weights, "checkpoint_dtype": None, "model_dtype": "float32"}
     torch.save(content if wrapped else weights, folder / "model.pt")
     state: dict[str, Any] = {"step": step}
@@ -206,3 +206,95 @@ def old_bundle(
     ):  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(value))
     return folder
+
+
+# today's layout (2025-12-28 and later)
+
+LLAMA = {
+    **SIZES, "pos_encoding": "rope", "mlp_type": "swiglu", "norm_type": "rmsnorm",
+    "tie_weights": True, "rope_theta": 500.0, "rope_scale": 2.0,
+}  # fmt: skip
+
+
+def fused_weights(cfg: dict[str, Any], seed: int = 4) -> dict[str, torch.Tensor]:
+    """A state_dict with one qkv per block: key, shape and order of the specification's 2.5."""
+    C, V = cfg["n_embd"], cfg["vocab_size"]
+    llama = "mlp_type" in cfg
+    hidden = math.ceil(int(8 * C / 3) / 64) * 64
+    shapes = {"token_embedding_table.weight": (V, C)}
+    if not llama:
+        shapes["position_embedding_table.weight"] = (cfg["block_size"], C)
+    for i in range(cfg["n_layer"]):
+        linear = {"sa.qkv": (3 * C, C), "sa.proj": (C, C)}
+        for name, shape in linear.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            if cfg["bias"]:
+                shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+        if llama:
+            wide = {"w_gate": (hidden, C), "w_up": (hidden, C), "w_down": (C, hidden)}
+            shapes |= {f"blocks.{i}.fwd.{k}.weight": s for k, s in wide.items()}
+        else:
+            for name, shape in {"net.0": (4 * C, C), "net.2": (C, 4 * C)}.items():
+                shapes[f"blocks.{i}.fwd.{name}.weight"] = shape
+                shapes[f"blocks.{i}.fwd.{name}.bias"] = shape[:1]
+        for norm in ("ln1", "ln2"):
+            shapes |= {f"blocks.{i}.{norm}.{k}": (C,) for k in ("weight", "bias")[: 2 - llama]}
+    shapes |= {f"ln_f.{k}": (C,) for k in ("weight", "bias")[: 2 - llama]}
+    shapes |= {"lm_head.weight": (V, C), "lm_head.bias": (V,)}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        k: torch.randn(s, generator=generator) * 0.3 + (len(s) == 1) * 0.1
+        for k, s in shapes.items()
+    }
+    if cfg.get("tie_weights"):
+        weights["lm_head.weight"] = weights["token_embedding_table.weight"]
+    return weights
+
+
+def fused_logits(w: dict[str, torch.Tensor], cfg: dict[str, Any], idx: torch.Tensor) -> Any:
+    """Logits of those weights, (B, T, V): every head by itself, no operator of PyTorch's fused."""
+    T, H = idx.shape[1], cfg["n_head"]
+    D = cfg["n_embd"] // H
+    llama = "mlp_type" in cfg
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        if llama:
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        if not llama:
+            return x
+        frequency = cfg["rope_theta"] ** (-2 * torch.arange(D // 2) / D)
+        angle = torch.arange(T)[:, None] / cfg["rope_scale"] * frequency
+        low, high = x[..., : D // 2], x[..., D // 2 :]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+    x = w["token_embedding_table.weight"][idx]
+    if not llama:
+        x = x + w["position_embedding_table.weight"][:T]
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    for i in range(cfg["n_layer"]):
+        at = f"blocks.{i}"
+        q, k, v = linear(norm(x, f"{at}.ln1"), f"{at}.sa.qkv").chunk(3, dim=-1)
+        heads = []
+        for h in range(H):
+            own = slice(h * D, (h + 1) * D)
+            scores = rotated(q[..., own]) @ rotated(k[..., own]).transpose(-2, -1) / math.sqrt(D)
+            heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[..., own])
+        x = x + linear(torch.cat(heads, dim=-1), f"{at}.sa.proj")
+        y = norm(x, f"{at}.ln2")
+        if llama:
+            gate = linear(y, f"{at}.fwd.w_gate")
+            y = linear(gate * torch.sigmoid(gate) * linear(y, f"{at}.fwd.w_up"), f"{at}.fwd.w_down")
+        else:
+            y = linear(y, f"{at}.fwd.net.0")
+            y = linear(0.5 * y * (1 + torch.erf(y / math.sqrt(2))), f"{at}.fwd.net.2")
+        x = x + y
+    return linear(norm(x, "ln_f"), "lm_head")

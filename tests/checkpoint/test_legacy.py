@@ -17,10 +17,13 @@ from tests.checkpoint.old_files import (
     CHAR,
     FIFTEEN,
     GPT2,
+    LLAMA,
     SIZES,
     OldGPT,
     batch,
     fifteen_state,
+    fused_logits,
+    fused_weights,
     old_bundle,
     old_groups,
     single_file,
@@ -102,16 +105,23 @@ def test_the_key_is_there_for_old_weights_only(tmp_path: Path) -> None:
     assert {k: saved.config[k] for k in SIZES} == SIZES
 
 
+@pytest.mark.parametrize("place", ["raw bundle", "wrapped bundle", "file"])
+@pytest.mark.parametrize("cfg", [SIZES, {**SIZES, "bias": True}, LLAMA], ids=["", "bias", "llama"])
 @torch.no_grad()
-def test_a_single_file_of_todays_layout_is_read_as_it_is(tmp_path: Path) -> None:
-    cfg = ModelConfig(**{**SIZES, "pos_encoding": "rope", "tie_weights": True})
-    model = GPT(cfg, seed=2).eval()
-    content = {"model_state_dict": model.state_dict(), "config": cfg.to_dict(), "step": 5}
-    torch.save({**content, "tokenizer": CHAR}, tmp_path / "final.pt")
-    loaded = generate.load(tmp_path / "final.pt")
-    idx, _ = batch(SIZES, 0)
-    assert torch.equal(loaded.model(idx), model(idx))
+def test_todays_layout_is_read_raw_wrapped_and_from_a_file(tmp_path, cfg, place: str) -> None:
+    weights, path = fused_weights(cfg), tmp_path / "m"
+    if place == "file":
+        path = single_file(path / "final.pt", weights, cfg)
+    else:
+        old_bundle(path, weights, cfg, wrapped=place == "wrapped bundle")
+    loaded = generate.load(path)
+    idx, _ = batch(cfg, 0)
+    same(loaded.model(idx), fused_logits(weights, cfg, idx))
     assert not loaded.model.config.per_head_era
+    assert (loaded.tokenizer.kind, loaded.step) == ("char", 3)
+    if place == "file":
+        assert legacy.convert(tmp_path / "m", "final.pt").difference == 0
+        same(generate.load(tmp_path / "m").model(idx), fused_logits(weights, cfg, idx))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
