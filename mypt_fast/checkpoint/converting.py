@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mypt_fast.accounting import count_parameters
 from mypt_fast.checkpoint import legacy
 from mypt_fast.checkpoint.legacy import FINAL, INFERENCE, LATEST, find, is_per_head_bundle
 from mypt_fast.checkpoint.manifest import TENSOR_FILES, exists, read_info
@@ -92,7 +93,7 @@ def convert(directory: Path, filename: str | None = None, *, write: bool = True)
     expected = _logits_of_file(raw, new)
     out = Converted(
         source, directory, new.training_state.get("step"),
-        sum(p.numel() for p in _model(new).parameters()), _difference(expected, new),
+        count_parameters(_config(new)).total, _difference(expected, new),
         new.optimizer is not None, notices=list(new.notices),
     )  # fmt: skip
     if new.config.get("per_head_era") and new.config["bias"]:
@@ -238,10 +239,15 @@ def _probe(config: dict[str, Any]) -> Tensor:
     return (torch.arange(length) * 7919 % int(config["vocab_size"])).view(1, length)
 
 
+def _config(saved: Bundle) -> ModelConfig:
+    known = {k: v for k, v in saved.config.items() if k in set(field_names(ModelConfig))}
+    return build(ModelConfig, known, str(saved.path))
+
+
 def _model(saved: Bundle) -> GPT:
     from mypt_fast.model import GPT
 
-    known = {k: v for k, v in saved.config.items() if k in set(field_names(ModelConfig))}
-    model = GPT(build(ModelConfig, known, str(saved.path)), seed=None)
-    model.load_state_dict(saved.state_dict)
+    cfg = _config(saved)
+    model = GPT(cfg, seed=None)
+    model.load_state_dict(saved.state_dict, assign=not cfg.tie_weights)  # no copy of the weights
     return model.eval()

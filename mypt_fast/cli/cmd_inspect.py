@@ -130,7 +130,7 @@ def _gather_file(path: Path, verify: bool) -> dict[str, Any]:
     info = legacy.info(path)
     saved = legacy.read(path, optimizer=False, values=verify)
     cfg = build(ModelConfig, saved.config, str(path))
-    status = "ok" if verify else "unlisted"
+    status = "ok" if verify else "not checked"
     return {
         "path": str(path),
         "format": "legacy",

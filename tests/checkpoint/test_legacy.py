@@ -1,6 +1,7 @@
 """Checkpoints of every era compute what plain PyTorch computes from the same files."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,8 @@ def test_a_config_object_in_an_old_pickle_is_read_as_its_fields(tmp_path: Path) 
     other = single_file(tmp_path / "b.pt", OldGPT(SIZES), GPTConfig(SIZES))
     assert b"GPTConfig" in other.read_bytes()
     assert legacy.read(other).config == legacy.read(plain).config
+    ordered = single_file(tmp_path / "c.pt", OldGPT(SIZES), OrderedDict(SIZES))
+    assert legacy.read(ordered).config == legacy.read(plain).config
 
 
 class GPTConfig:
