@@ -33,15 +33,17 @@ def count_parameters(cfg: ModelConfig) -> ParameterCount:
     """Count the parameters of every architecture option exactly.
 
     Follows the layout of the weights: norms have a bias only as LayerNorm, the GELU MLP and the
-    output layer always have biases, SwiGLU never (MyPT specification 2.1, 2.7).
+    output layer always have biases, SwiGLU never (MyPT specification 2.1, 2.7). The per-head era's
+    attention output has a bias whatever `bias` says (2.6).
     """
     V, C, L = cfg.vocab_size, cfg.n_embd, cfg.n_layer
     per_norm = C if cfg.norm_type == "rmsnorm" else 2 * C
+    biases = (3 * C if cfg.bias else 0) + (C if cfg.bias or cfg.per_head_era else 0)
     mlp = 3 * C * swiglu_hidden(C) if cfg.mlp_type == "swiglu" else 8 * C * C + 5 * C
     return ParameterCount(
         token_embedding=V * C,
         position_embedding=cfg.block_size * C if cfg.pos_encoding == "learned" else 0,
-        attention=L * (4 * C * C + (4 * C if cfg.bias else 0)),
+        attention=L * (4 * C * C + biases),
         mlp=L * mlp,
         norms=(2 * L + 1) * per_norm,
         lm_head=V + (0 if cfg.tie_weights else V * C),

@@ -85,6 +85,10 @@ class ModelConfig:
     epoch_seed: int = opt(1337, "seed of the episode order", lo=0)
     epoch_shuffle: bool = opt(True, "shuffle the episodes of each epoch")
     epoch_drop_last: bool = opt(True, "kept for MyPT; reads as a no-op there too")
+    # Not one of MyPT's fields: what weights of 2025 need beside them (`checkpoint/eras.py`).
+    per_head_era: bool = arch(
+        False, "ReLU, and a bias in the attention's output whatever `bias` says", flag=False
+    )
 
     def check(self, where: str = "config") -> None:
         """Check what single ranges cannot; raises ConfigError."""
@@ -102,10 +106,21 @@ class ModelConfig:
                 f"found {self.n_embd}/{self.n_head} = {self.n_embd // self.n_head}",
                 "change n_head or n_embd, or use pos_encoding=learned",
             )
+        for key in ("pos_encoding", "mlp_type", "norm_type"):
+            first, *later = type(self).__dataclass_fields__[key].metadata["choices"]
+            if self.per_head_era and getattr(self, key) in later:
+                raise ConfigError(
+                    f"{where}: per_head_era knows {key}={first} only",
+                    f"found {getattr(self, key)}",
+                    "drop one of the two",
+                )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields in MyPT's order."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Return MyPT's 26 fields in its order, and `per_head_era` behind them where it is set."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if not self.per_head_era:
+            del fields["per_head_era"]
+        return fields
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mypt_fast.checkpoint import bundle
+from mypt_fast.checkpoint import bundle, legacy
+from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.config import ModelConfig, build, field_names
 from mypt_fast.errors import CheckpointError, ConfigError, IntegrityError
 from mypt_fast.model import GPT, KVCache
@@ -37,10 +38,10 @@ class Loaded:
 def load(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Loaded:
-    """Read a bundle for inference: verified, without optimizer, in evaluation mode.
+    """Read a checkpoint for inference: verified, without optimizer, in evaluation mode.
 
     Args:
-        path: a run's directory, or its `_gold` or `_fp16` sibling.
+        path: a run's directory, or its `_gold` or `_fp16` sibling, or an old single file.
         device: where the model goes.
         dtype: of the weights. Rotary tables stay fp32: rounded, they misplace far positions.
 
@@ -48,10 +49,14 @@ def load(
         CheckpointError: if there is no bundle, no tokenizer, or weights and config disagree.
         IntegrityError: if a file is not what was saved.
     """
-    saved = bundle.read(path, optimizer=False)
+    is_file = path.is_file()
+    saved = legacy.read(path, optimizer=False) if is_file else bundle.read(path, optimizer=False)
     if saved.tokenizer is None:
         raise CheckpointError(
-            f"{path / 'tokenizer.json'} is missing", cure="copy it from the run this came from"
+            f"{path} holds no tokenizer" if is_file else f"{path / 'tokenizer.json'} is missing",
+            cure="convert it, and copy its data's tokenizer_state.json there as tokenizer.json"
+            if is_file
+            else "copy it from the run this came from",
         )
     known = {k: v for k, v in saved.config.items() if k in set(field_names(ModelConfig))}
     cfg = build(ModelConfig, known, str(path / "config.json"))
@@ -68,7 +73,7 @@ def load(
         model.load_state_dict(saved.state_dict)
     except RuntimeError as e:
         raise CheckpointError(
-            f"{path}: model.pt does not fit config.json", " ".join(str(e).split())[:200]
+            f"{path}: model.pt does not fit config.json", misfit(saved.state_dict, cfg)
         ) from e
     model.to(device)
     for p in model.parameters():

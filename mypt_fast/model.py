@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.dropout, self.impl = cfg.n_head, cfg.dropout, impl
         self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
-        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias or cfg.per_head_era)
 
     def forward(self, x: Tensor, place: "Place", layer: int) -> Tensor:
         """x: (B, T, C)."""
@@ -128,17 +128,20 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """C -> 4C -> C with exact GELU; always with biases."""
+    """C -> 4C -> C with exact GELU, or the per-head era's ReLU; always with biases."""
 
     def __init__(self, cfg: ModelConfig, impl: str = "auto", save: str = "all") -> None:
         super().__init__()
         self.impl, self.save = impl, save
+        activation = nn.ReLU() if cfg.per_head_era else nn.GELU()
         self.net = nn.Sequential(
-            Linear(cfg.n_embd, 4 * cfg.n_embd), nn.GELU(), Linear(4 * cfg.n_embd, cfg.n_embd)
+            Linear(cfg.n_embd, 4 * cfg.n_embd), activation, Linear(4 * cfg.n_embd, cfg.n_embd)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C)."""
+        if isinstance(self.net[1], nn.ReLU):  # of old weights only: no kernel of its own
+            return self.net(x)
         up: Linear = self.net[0]  # type: ignore[assignment]
         down: Linear = self.net[2]  # type: ignore[assignment]
         return kernels.gelu_mlp(
@@ -391,6 +394,16 @@ class GPT(nn.Module):
             tables = (tables[0][here], tables[1][here])
         place.rope = tables
         return x, place
+
+
+def decays(name: str, dims: int) -> bool:
+    """Whether AdamW decays a parameter of this name and number of dimensions.
+
+    Not decayed: 1-D tensors and names containing "embedding" or "ln" (MyPT specification 1.4),
+    so a tied output matrix, listed under the embedding's name, is not decayed either.
+    """
+    lower = name.lower()
+    return dims > 1 and "embedding" not in lower and "ln" not in lower
 
 
 def check_memory_budget() -> None:

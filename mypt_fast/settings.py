@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from mypt_fast.errors import ConfigError
 
 BUNDLE_HINTS = ("config.json", "model.pt")
 STATE_FILE = "training_state.json"
+# Single-file checkpoints, where there is no bundle (MyPT specification 5.2).
+RESUME_FILES, INIT_FILES = ("latest.pt",), ("final.pt",)
 # What a new run may have otherwise than the model it starts from: its weights stay what they are.
 CONTEXT_KEYS = ("block_size", "rope_theta", "rope_scale")
 
@@ -42,6 +45,20 @@ class DataConfig:
     eval_dataset_dir: str | None = opt(None, "a further validation set, logged as eval_general")
 
 
+@dataclass(frozen=True)
+class OldRun:
+    """What an old checkpoint says about a run, read by `checkpoint.legacy.old_run`."""
+
+    config: dict[str, Any]  # with `per_head_era`, where the weights need it
+    state: dict[str, Any]  # of training_state.json
+    tokenizer: dict[str, Any] | None
+    file: Path | None = None  # where it is a single file; None: a bundle in the old layout
+
+
+# place, single files to look for -> what is there, or None where there is nothing old
+ReadOld = Callable[[Path, tuple[str, ...]], OldRun | None]
+
+
 @dataclass
 class Settings:
     """The resolved settings of a run and how they came about."""
@@ -59,6 +76,9 @@ class Settings:
     init_dir: Path | None = None  # the bundle a new run takes its weights from
     allow_gate: bool = False  # whether the external gate's script may run
     strict_compat: bool = False  # do as MyPT does where its documents say otherwise
+    legacy_file: Path | None = None  # the single file a run is resumed from
+    old_layout: bool = False  # the run directory's bundle is of the per-head era
+    tokenizer: dict[str, Any] | None = None  # of an old checkpoint; else tokenizer.json has it
 
     @property
     def global_batch(self) -> int:
@@ -76,6 +96,7 @@ def resolve(
     allow_gate: bool = False,
     strict_compat: bool = False,
     preset_yields: bool = False,
+    read_old: ReadOld | None = None,
 ) -> Settings:
     """Merge every source of settings.
 
@@ -88,6 +109,8 @@ def resolve(
         allow_gate: let the external gate's script run. No file can say this.
         strict_compat: do as MyPT does where its documents say otherwise.
         preset_yields: continue a run whatever architecture the preset names, as train.py does.
+        read_old: reads checkpoints of older layouts (`checkpoint.legacy.old_run`); without it
+            only bundles in today's are found.
 
     Raises:
         ConfigError: with one line, on anything that does not fit.
@@ -103,16 +126,26 @@ def resolve(
     for section, values in flags.items():
         build(section, values, "command line")
     saved_config, saved_state = _saved(run_dir)
+    old = read_old(run_dir, RESUME_FILES) if read_old else None
+    if old is not None:
+        saved_config, saved_state = old.config, old.state
     out = Settings(
         name, run_dir, ModelConfig(), TrainConfig(), DataConfig(), typed=frozenset(typed)
     )
     out.resume, out.saved_state = saved_config is not None, saved_state
     out.preset_path = preset.path if preset else None
     out.allow_gate, out.strict_compat = allow_gate, strict_compat
+    if old is not None:
+        out.legacy_file, out.old_layout, out.tokenizer = old.file, old.file is None, old.tokenizer
+        if old.file:
+            out.notices.append(f"continuing {old.file}; the next save writes a bundle beside it")
     wanted = flags[TrainConfig].get("init_from_model") or (preset and preset.train.init_from_model)
     if wanted and not out.resume:
-        out.init_dir = _source_dir(wanted, checkpoints)
-        out.model = _model_of_source(flags[ModelConfig], preset, out.init_dir, strict, out.notices)
+        out.init_dir, old = _source(wanted, checkpoints, read_old)
+        out.tokenizer = old.tokenizer if old else None
+        out.model = _model_of_source(
+            flags[ModelConfig], preset, out.init_dir, old, strict, out.notices
+        )
     else:
         out.model = _model(
             flags[ModelConfig], preset, saved_config, run_dir, strict, out.notices, preset_yields
@@ -128,7 +161,11 @@ def resolve(
     from_preset = _given(preset, preset.train) if preset else {}
     merged = {**saved_run, **from_preset, **flags[TrainConfig]}
     began = saved_run.get("init_from_model")
-    if out.resume and wanted and wanted not in (began, Path(str(began)).name):
+    path = Path(str(began))
+    names = [str(path), path.name]
+    if path.suffix == ".pt":  # a single file was found by its run's name or directory
+        names += [str(path.parent), path.parent.name]
+    if out.resume and wanted and wanted not in names:
         out.notices.append(f"init_from_model {wanted} is ignored: {run_dir} goes on from itself")
     start = str(out.init_dir) if out.init_dir else None
     merged["init_from_model"] = began if out.resume else start
@@ -259,11 +296,15 @@ def _model(
     return build(ModelConfig, {**base, **flags}, source or "command line")
 
 
-def _source_dir(name: str, checkpoints: Path) -> Path:
-    """Find the bundle that --init_from_model names: a run, or a directory."""
+def _source(name: str, checkpoints: Path, read_old: ReadOld | None) -> tuple[Path, OldRun | None]:
+    """Find what --init_from_model names: a run, a directory or an old single file."""
     for path in (checkpoints / name, Path(name)):
         if all((path / n).is_file() for n in (*BUNDLE_HINTS, "tokenizer.json")):
-            return path
+            return path, read_old(path, INIT_FILES) if read_old else None
+    for path in (checkpoints / name, Path(name)):
+        old = read_old(path, INIT_FILES) if read_old else None
+        if old and old.file:
+            return old.file, old
     for path in (checkpoints / name, Path(name)):
         missing = [n for n in (*BUNDLE_HINTS, "tokenizer.json") if not (path / n).is_file()]
         if path.is_dir():
@@ -279,11 +320,13 @@ def _model_of_source(
     flags: dict[str, Any],
     preset: presets.Preset | None,
     source: Path,
+    old: OldRun | None,
     strict: bool,
     notices: list[str],
 ) -> ModelConfig:
     """The source's architecture with everything else as given for the new run."""
-    raw, where = presets.read_json(source / "config.json"), f"{source}/config.json"
+    where = str(source) if old and old.file else f"{source}/config.json"
+    raw = old.config if old else presets.read_json(source / "config.json")
     if not isinstance(raw, dict):
         raise ConfigError(f"{where}: expected a JSON object", f"found {type(raw).__name__}")
     theirs = build(ModelConfig, _known(raw, ModelConfig), where)
@@ -320,7 +363,8 @@ def _refuse_conflict(
     for key in ARCHITECTURE_KEYS:
         ours = saved.get(key, getattr(defaults, key))
         theirs = getattr(preset.model, key)
-        if key != "vocab_size" and ours != theirs:  # the tokenizer decides the vocabulary
+        # the tokenizer decides the vocabulary, and no preset knows of the per-head era
+        if key not in ("vocab_size", "per_head_era") and ours != theirs:
             if notices is not None:
                 notices.append(f"{run_dir} goes on with {key} {ours}: {preset.path} has {theirs}")
                 continue

@@ -64,14 +64,40 @@ def read_state(state: Any, known: dict[str, str]) -> TokenizerState:
         raise _bad("base_vocab_size", f"is {base}, GPT-2 has {GPT2_BASE_VOCAB}")
     pinned = {name: GPT2_BASE_VOCAB + n for n, name in enumerate(known)}
     ids, strings = _read_specials(state, known, pinned)
-    highest = max(strings.values())
-    if min(strings.values()) < GPT2_BASE_VOCAB or (size is not None and highest >= size):
+    highest = max(strings.values(), default=GPT2_BASE_VOCAB)
+    lowest = min(strings.values(), default=GPT2_BASE_VOCAB)
+    if lowest < GPT2_BASE_VOCAB or (strings and size is not None and highest >= size):
         raise _bad(
             "special_token_encoder",
-            f"uses ids {min(strings.values())}..{highest}, outside {GPT2_BASE_VOCAB}.."
-            f"{(size or 50304) - 1}",
+            f"uses ids {lowest}..{highest}, outside {GPT2_BASE_VOCAB}..{(size or 50304) - 1}",
         )
     return TokenizerState(kind, None, GPT2_BASE_VOCAB, size, ids, strings)
+
+
+def state_for(state: dict[str, Any], vocab_size: int, n_special: int) -> dict[str, Any]:
+    """Return the state of an old model's tokenizer, as it is meant.
+
+    GPT-2 tokenizers once stored no special tokens. They get today's `n_special` where the model
+    has rows for them, and none where its vocabulary ends before (MyPT specification 9.4).
+    """
+    maps = ("special_token_encoder", "special_tokens_by_name")
+    is_bare = state.get("token_kind") == "gpt2" and all(state.get(k) is None for k in maps)
+    if not is_bare or vocab_size >= GPT2_BASE_VOCAB + n_special:
+        return state
+    return {**state, "model_vocab_size": vocab_size, **{key: {} for key in maps}}
+
+
+def moved_specials(state: Any, pinned: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Special tokens of a state whose ids are not today's: name -> (its id, today's id).
+
+    Args:
+        state: the parsed JSON, of any age.
+        pinned: today's ids by name.
+    """
+    ids = state.get("special_tokens_by_name") if isinstance(state, dict) else None
+    if not isinstance(ids, dict) or state.get("token_kind") != "gpt2":
+        return {}
+    return {n: (i, pinned[n]) for n, i in ids.items() if n in pinned and i != pinned[n]}
 
 
 def build_state(state: TokenizerState, model_vocab_size: int) -> dict[str, Any]:
@@ -168,13 +194,15 @@ def _read_specials(
     """Return (name -> id, string -> id) as stored, or the default where nothing is stored.
 
     Sets older than 2026-02 hold 15 tokens in another order. Their ids are kept: the embeddings
-    were trained there, and forcing today's ids on them would scramble the model.
+    were trained there, and forcing today's ids on them would scramble the model. Empty maps are
+    those of a model without rows for special tokens.
     """
     by_name = _id_map(state, "special_tokens_by_name")
     by_string = _id_map(state, "special_token_encoder")
     names = {string: name for name, string in known.items()}
-    if not by_name and not by_string:
+    if by_name is None and by_string is None:
         by_name = dict(default)
+    by_name, by_string = by_name or {}, by_string or {}
     if not by_name:
         by_name = {names[s]: token for s, token in by_string.items() if s in names}
     if not by_string:
@@ -190,10 +218,10 @@ def _read_specials(
     return by_name, by_string
 
 
-def _id_map(state: dict[str, Any], key: str) -> dict[str, int]:
+def _id_map(state: dict[str, Any], key: str) -> dict[str, int] | None:
     value = state.get(key)
     if value is None:
-        return {}
+        return None
     if not isinstance(value, dict) or len(value) > _MAX_SPECIALS:
         raise _bad(key, f"is not an object of at most {_MAX_SPECIALS} ids")
     for name, token in value.items():

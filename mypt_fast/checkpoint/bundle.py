@@ -17,6 +17,7 @@ import xxhash
 from torch import Tensor
 
 from mypt_fast import __version__
+from mypt_fast.checkpoint import eras
 from mypt_fast.checkpoint.manifest import (
     JSON_FILES,
     MANIFEST_SCHEMA,
@@ -35,6 +36,8 @@ from mypt_fast.checkpoint.snapshots import parent_of, prune, retirement, snapsho
 from mypt_fast.checkpoint.tensors import load, tensor_entries
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.publish import staged
+from mypt_fast.tokenizer import SPECIAL_STRINGS
+from mypt_fast.tokenizer_state import state_for
 
 __all__ = [
     "JSON_FILES",
@@ -315,7 +318,21 @@ def _read_one(path: Path, optimizer: bool) -> Bundle:
         bundle.notices.append(
             f"{path.name}: weights were saved in {model_file['checkpoint_dtype']}"
         )
+    if eras.is_per_head(bundle.state_dict):
+        _modernise(bundle)
     return bundle
+
+
+def _modernise(bundle: Bundle) -> None:
+    """Bring weights and moments of the per-head era into today's layout."""
+    where = str(bundle.path / "model.pt")
+    new = eras.modernise(bundle.config, bundle.state_dict, bundle.optimizer, where)
+    bundle.config, bundle.state_dict = new.config.to_dict(), new.weights
+    bundle.optimizer = new.optimizer
+    if bundle.tokenizer is not None:
+        size, n_special = new.config.vocab_size, len(SPECIAL_STRINGS)
+        bundle.tokenizer = state_for(bundle.tokenizer, size, n_special)
+    bundle.notices += [f"{where} is of the per-head era: read as one qkv, with ReLU", *new.notices]
 
 
 def _check_archives(path: Path, optimizer: bool) -> None:

@@ -46,7 +46,7 @@ def locate(name: str, root: Path = Path("checkpoints")) -> Path:
         if old:
             raise CheckpointError(
                 f"{path} holds no bundle", f"found {old[0]}, a single-file checkpoint",
-                "convert it to the bundle format first",
+                f"`mypt-fast convert --model_name {name}` makes one of it",
             )  # fmt: skip
     folders = root.iterdir() if root.is_dir() else ()
     runs = sorted(p.name for p in folders if not p.name.startswith(".") and exists(p))

@@ -43,8 +43,18 @@ class _Name:
         self.text = text
 
 
-def load(path: Path) -> Any:
+class _Fields(dict[str, Any]):
+    """The attributes of a config object, as a dict: its class is never looked for."""
+
+
+def load(path: Path, *, values: bool = True) -> Any:
     """Read a tensor file: dicts, lists, numbers, strings and CPU tensors.
+
+    An object of a class named GPTConfig, which some old files hold, is read as a dict.
+
+    Args:
+        path: the file.
+        values: read the tensors' bytes; without, they are on the meta device.
 
     Raises:
         CheckpointError: if it is missing.
@@ -58,7 +68,7 @@ def load(path: Path) -> Any:
                 raise _Refused("no data.pkl in it")
             if head + "byteorder" in records and archive.read(head + "byteorder") != b"little":
                 raise _Refused("its numbers are not little-endian")
-            return _bounded(_Reader(file, archive, records, head).run())
+            return _bounded(_Reader(file, archive, records, head, values).run())
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing") from e
     except PermissionError as e:
@@ -103,9 +113,15 @@ class _Reader:
     """The machine; `run` returns what data.pkl describes."""
 
     def __init__(
-        self, file: Any, archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], head: str
+        self,
+        file: Any,
+        archive: zipfile.ZipFile,
+        records: dict[str, zipfile.ZipInfo],
+        head: str,
+        values: bool,
     ) -> None:
         self.file, self.archive, self.records, self.head = file, archive, records, head
+        self.values = values
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -206,9 +222,18 @@ class _Reader:
     def _global(self, argument: Any) -> None:
         self.stack.append(_Name(str(argument).replace(" ", ".")))
 
+    def _newobj(self, argument: Any) -> None:
+        values, name = _as(tuple, self.stack.pop()), _as(_Name, self.stack.pop()).text
+        if values or name.rpartition(".")[2] != "GPTConfig":
+            raise _Refused(f"it asks to make a {name[:80]}")
+        self.stack.append(_Fields())
+
     def _build(self, argument: Any) -> None:
-        self.stack.pop()  # a state_dict's _metadata: versions of modules, not of ours
-        _as(OrderedDict, self.stack[-1])
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], _Fields):
+            self.stack[-1].update(_as(dict, state))
+        else:  # a state_dict's _metadata: versions of modules, not of ours
+            _as(OrderedDict, self.stack[-1])
 
     def _binpersid(self, argument: Any) -> None:
         kind, name, key, _, count = _as(tuple, self.stack.pop())
@@ -224,9 +249,12 @@ class _Reader:
                 raise _Refused(
                     f"storage {key} claims {count} values and has {info.file_size} bytes"
                 )
-            raw = torch.empty(info.file_size, dtype=torch.uint8)
-            self._fill_from(info, raw.numpy().data, key)
-            self.storages[key] = raw.view(dtype)
+            if self.values:
+                raw = torch.empty(info.file_size, dtype=torch.uint8)
+                self._fill_from(info, raw.numpy().data, key)
+                self.storages[key] = raw.view(dtype)
+            else:
+                self.storages[key] = torch.empty(count, dtype=dtype, device="meta")
         return self.storages[key]
 
     def _fill_from(self, info: zipfile.ZipInfo, target: memoryview, key: str) -> None:
@@ -260,7 +288,8 @@ PUSHES = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 OPCODES = {
     "PROTO", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE",
     "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT",
-    "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "BUILD", "BINPERSID", "REDUCE",
+    "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "NEWOBJ", "BUILD", "BINPERSID",
+    "REDUCE",
 }  # fmt: skip
 
 

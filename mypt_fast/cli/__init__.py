@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "run a script written for MyPT on this engine",
     "generate": "write text with a trained model",
     "inspect": "show what a run directory holds",
+    "convert": "turn old checkpoints into bundles",
     "verify": "compare every byte of a checkpoint with its hashes",
     "verify-resume": "prove that a run continues bit for bit",
     "configs": "list, show and check model presets",

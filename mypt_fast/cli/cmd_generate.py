@@ -44,6 +44,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what to write, how to sample and what to show."""
     text = parser.add_argument_group("text")
     _flag(text, "model_name", "NAME", "run under checkpoints/, or a path (default: default)")
+    old = "single file of the run to read where it has no bundle (default: latest.pt, final.pt)"
+    _flag(text, "legacy_checkpoint", "FILE", old)
     _flag(text, "prompt", "TEXT", "text to continue, - for stdin (default: start a new text)")
     _flag(text, "prompt_file", "FILE", "read the prompt from a UTF-8 file, or - for stdin")
     escapes = r"read \n, \t, \r and \\ in --prompt as escapes"
@@ -89,11 +91,12 @@ def run(args: argparse.Namespace) -> int:
     if given.get("seed", 0) > MAX_SEED - count:
         raise ConfigError("--seed is out of range", f"found {given['seed']}", "use less than 2^63")
     prompt = read_prompt(given)
-    from mypt_fast.checkpoint.manifest import locate
+    from mypt_fast.checkpoint.legacy import INFERENCE, choose
 
-    path = locate(given.get("model_name", "default"))
+    name, old = given.get("model_name", "default"), given.get("legacy_checkpoint")
+    path, notices = choose(name, INFERENCE, old)
     loaded = _load(path, given.get("device"), args.force_fp16)
-    for text in loaded.notices:
+    for text in notices + loaded.notices:
         console.notice(f"note: {text}")
     settings |= {
         "max_new_tokens": given.get("max_new_tokens", 100),

@@ -37,6 +37,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="NAME_OR_PATH", help="run or directory")
     parser.add_argument("--model_name", metavar="NAME", help="the same, as a flag")
     parser.add_argument(
+        "--legacy_checkpoint",
+        metavar="FILE",
+        help="single file of the run to read where it has no bundle (default: final.pt, latest.pt)",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="hash every file; exit code 3 when one differs"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -46,9 +51,12 @@ def run(args: argparse.Namespace) -> int:
     """Inspect; returns the exit code."""
     if (args.path is None) == (args.model_name is None):
         raise ConfigError("inspect needs one model", cure="give a name, a path or --model_name")
-    from mypt_fast.checkpoint.manifest import locate
+    from mypt_fast.checkpoint.legacy import INSPECT, choose
 
-    path = locate(args.model_name if args.path is None else args.path)
+    name = args.model_name if args.path is None else args.path
+    path, notices = choose(name, INSPECT, args.legacy_checkpoint)
+    for text in notices:
+        console.notice(f"note: {text}")
     report = gather(path, verify=args.verify)
     if args.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
@@ -71,8 +79,11 @@ def gather(path: Path, verify: bool) -> dict[str, Any]:
         CheckpointError, ConfigError: for a JSON member that cannot be read.
         IntegrityError: for one that is also not the file that was saved.
     """
+    from mypt_fast.checkpoint import legacy
     from mypt_fast.checkpoint import manifest as bundles
 
+    if path.is_file():
+        return _gather_file(path, verify)
     manifest_path = path / "manifest.json"
     manifest = bundles.read_member(manifest_path) if manifest_path.is_file() else None
     if manifest is None and verify:
@@ -89,10 +100,13 @@ def gather(path: Path, verify: bool) -> dict[str, Any]:
             raise IntegrityError(str(e), "and it is not the file that was saved") from e
         raise
     known = {k: v for k, v in info["config"].items() if k in set(field_names(ModelConfig))}
-    cfg = build(ModelConfig, known, str(path / "config.json"))
+    is_old = manifest is None and legacy.is_per_head_bundle(path)
+    cfg = build(ModelConfig, {**known, "per_head_era": is_old or known.get("per_head_era", False)},
+                str(path / "config.json"))  # fmt: skip
     return {
         "path": str(path),
         "format": "bundle",
+        "per_head_era": cfg.per_head_era,
         "config": info["config"],
         "total_params": count_parameters(cfg).total,
         "tokenizer": info.get("tokenizer"),
@@ -102,6 +116,34 @@ def gather(path: Path, verify: bool) -> dict[str, Any]:
         "saved_by": manifest and {k: manifest.get(k) for k in ("mypt_fast", "torch")},
         "files": files,
         "verified": verify and all(f["status"] in ("ok", "unlisted") for f in files),
+    }
+
+
+def _gather_file(path: Path, verify: bool) -> dict[str, Any]:
+    """The same of a single file.
+
+    Raises:
+        CheckpointError, ConfigError, IntegrityError: naming what is wrong with it.
+    """
+    from mypt_fast.checkpoint import legacy
+
+    info = legacy.info(path)
+    saved = legacy.read(path, optimizer=False, values=verify)
+    cfg = build(ModelConfig, saved.config, str(path))
+    status = "ok" if verify else "not checked"
+    return {
+        "path": str(path),
+        "format": "legacy",
+        "per_head_era": cfg.per_head_era,
+        "config": info["config"],
+        "total_params": count_parameters(cfg).total,
+        "tokenizer": info.get("tokenizer"),
+        "training_state": info["training_state"],
+        "gold_selection_state": None,
+        "gold_path": None,
+        "saved_by": None,
+        "files": [{"file": path.name, "bytes": path.stat().st_size, "status": status}],
+        "verified": verify,
     }
 
 
@@ -137,10 +179,7 @@ def _gold(path: Path) -> str | None:
 def lines(report: dict[str, Any]) -> list[str]:
     """Return the report as people read it, in MyPT's sections and order."""
     return [
-        "=== FORMAT ===",
-        "New JSON-based format" if report["saved_by"] is None else
-        f"New JSON-based format, saved by mypt_fast {report['saved_by']['mypt_fast']}"
-        f" (torch {report['saved_by']['torch']})",
+        "=== FORMAT ===", *_format_lines(report),
         f"Location: {report['path']}",
         "", "=== CONFIG ===", *_config_lines(report),
         "", "=== TOKENIZER ===", *_tokenizer_lines(report["tokenizer"]),
@@ -148,6 +187,16 @@ def lines(report: dict[str, Any]) -> list[str]:
         *_gold_lines(report),
         "", "=== FILES ===", *_file_lines(report),
     ]  # fmt: skip
+
+
+def _format_lines(report: dict[str, Any]) -> list[str]:
+    if report["format"] == "legacy":
+        first = "Legacy single-file format"
+    else:
+        by, first = report["saved_by"], "New JSON-based format"
+        first += f", saved by mypt_fast {by['mypt_fast']} (torch {by['torch']})" if by else ""
+    era = "Weights of the per-head era: ReLU, bias in the attention's output"
+    return [first, *([era] if report["per_head_era"] else [])]
 
 
 def _config_lines(report: dict[str, Any]) -> list[str]:
@@ -177,7 +226,16 @@ def _tokenizer_lines(state: dict[str, Any] | None) -> list[str]:
     else:
         out.append(f"vocab     : {state.get('base_vocab_size')} tokens of its own BPE")
     special = state.get("special_token_encoder") or {}
-    return [*out, f"special   : {len(special)} tokens"] if special else out
+    return [*out, f"special   : {len(special)} tokens{_moved(state)}"] if special else out
+
+
+def _moved(state: dict[str, Any]) -> str:
+    from mypt_fast.tokenizer import SPECIAL_TOKENS
+    from mypt_fast.tokenizer_state import moved_specials
+
+    for name, (old, new) in moved_specials(state, SPECIAL_TOKENS).items():
+        return f", at the ids the weights were trained with ({name} {old}, today {new})"
+    return ""
 
 
 def _state_lines(state: dict[str, Any] | None) -> list[str]:
@@ -214,7 +272,9 @@ def _file_lines(report: dict[str, Any]) -> list[str]:
     total = sum(f["bytes"] or 0 for f in report["files"])
     out = console.table(["file", "size", "hash"], rows, left=1)
     out.append(f"Total: {console.bytes_text(total)}")
-    if report["saved_by"] is None:
+    if report["format"] == "legacy":
+        out.append("`mypt-fast convert` makes a bundle of it")
+    elif report["saved_by"] is None:
         out.append("No manifest.json: files cannot be verified")
     elif report["verified"]:
         out.append("Verified: every file is what was saved")

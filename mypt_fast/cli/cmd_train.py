@@ -82,12 +82,18 @@ def run(args: argparse.Namespace) -> int:
     }
     dry_run = getattr(args, "dry_run", False)
     run_dir = settings.run_dir(options["model_name"], options["config_file"])
+    from mypt_fast.checkpoint.legacy import old_run
     from mypt_fast.checkpoint.lock import RunLock
 
     with RunLock(run_dir.with_name(run_dir.name + end) for end in ("", "_gold", "_fp16")) as lock:
         if not dry_run and run_dir.parent.is_dir():
             _own(run_dir, lock)
-        resolved = settings.resolve(given, **options)
+        resolved = settings.resolve(given, **options, read_old=old_run)
+        if not resolved.resume and (run_dir / "final.pt").is_file():
+            resolved.notices.append(
+                f"{run_dir / 'final.pt'} is not continued: --init_from_model {run_dir.name} "
+                "starts from it"
+            )
         for notice in resolved.notices:
             console.notice(f"note: {notice}")
         if resolved.train.terminal_log_file:

@@ -8,6 +8,8 @@ import torch
 
 from mypt_fast import console
 from mypt_fast.checkpoint import bundle as bundles
+from mypt_fast.checkpoint import legacy
+from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.errors import CheckpointError
 from mypt_fast.model import GPT
 
@@ -16,11 +18,15 @@ LOWERED = ("bf16", "bfloat16", "fp16", "float16")
 
 
 def read_source(path: Path) -> bundles.Bundle:
-    """Read and verify the bundle to start from, its exact weights where model.pt is rounded.
+    """Read and verify what to start from: a bundle, or an old single file.
+
+    Of a bundle its exact weights, where model.pt is rounded.
 
     Raises:
         CheckpointError, IntegrityError: as `bundle.read`.
     """
+    if path.is_file():
+        return legacy.read(path, optimizer=False)
     saved = bundles.read(path, optimizer=False)
     rounded = saved.training_state.get("checkpoint_dtype") in LOWERED
     if rounded and (path / "optimizer.pt").is_file():
@@ -52,7 +58,7 @@ def fill(model: GPT, path: Path, seed: int) -> None:
     except RuntimeError as e:
         raise CheckpointError(
             f"weights in {source.path} do not fit its config.json",
-            " ".join(str(e).split())[:200],
+            misfit(weights, model.config),
             "start from another checkpoint",
         ) from e
 

@@ -5,20 +5,15 @@ from torch import nn
 
 from mypt_fast.config import TrainConfig
 from mypt_fast.errors import ConfigError
-from mypt_fast.model import GPT
+from mypt_fast.model import GPT, decays
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters: matrices decay, the rest does not.
-
-    Not decayed: 1-D tensors and names containing "embedding" or "ln" (MyPT specification 1.4),
-    so a tied output matrix, listed under the embedding's name, is not decayed either.
-    """
+    """Split the trainable parameters: matrices decay (`model.decays`), the rest does not."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            lower = name.lower()
-            groups[p.dim() > 1 and "embedding" not in lower and "ln" not in lower].append(p)
+            groups[decays(name, p.dim())].append(p)
     return [
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},

@@ -17,6 +17,7 @@ import torch
 
 from mypt_fast import console, settings
 from mypt_fast.checkpoint import bundle as bundles
+from mypt_fast.checkpoint.legacy import old_run
 from mypt_fast.errors import CheckpointError
 from mypt_fast.publish import temporary
 from mypt_fast.training.run import open_run
@@ -55,7 +56,7 @@ def execute(source: Path, name: str, folder: Path, steps: int) -> Execution:
     run_dir.parent.mkdir(parents=True)
     shutil.copytree(source, run_dir)
     typed: dict[str, Any] = {"log_file": str(folder / "log.jsonl"), "save_interval": 0}
-    resolved = settings.resolve(typed, model_name=name, checkpoints=folder)
+    resolved = settings.resolve(typed, model_name=name, checkpoints=folder, read_old=old_run)
     resolved.train.terminal_log_file, resolved.train.keep_last = None, 0
     first = int(resolved.saved_state.get("step") or 0)
     if first >= resolved.train.max_iters:  # a finished run: the schedule stays at its end

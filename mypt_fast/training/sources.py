@@ -67,9 +67,9 @@ class DataOpener:
         self._has_weights = settings.resume or settings.init_dir is not None
         path = (settings.init_dir or settings.run_dir) / "tokenizer.json"
         has_saved = self._has_weights and path.is_file()
-        self.saved_tokenizer = (
-            read_json(path, "tokenizer", MAX_TOKENIZER_BYTES) if has_saved else None
-        )
+        self.saved_tokenizer = settings.tokenizer  # of an old checkpoint
+        if self.saved_tokenizer is None and has_saved:
+            self.saved_tokenizer = read_json(path, "tokenizer", MAX_TOKENIZER_BYTES)
 
     def open(self) -> tuple[Tokenizer, list[Phase], int, int]:
         """Open the training data; returns tokenizer, phases and token counts."""

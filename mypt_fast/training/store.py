@@ -13,6 +13,9 @@ import torch
 
 from mypt_fast import accounting, console
 from mypt_fast.checkpoint import bundle as bundles
+from mypt_fast.checkpoint import legacy
+from mypt_fast.checkpoint.converting import keep_aside
+from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.config import GoldSelection
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.model import GPT
@@ -259,8 +262,17 @@ class Store:
     def read(self) -> bundles.Bundle | None:
         """Read and verify the run directory, None for a new run."""
         # settings came from this directory: another state's weights would not be theirs
-        run_dir = self.settings.run_dir
-        return bundles.read(run_dir, walk_back=False) if self.settings.resume else None
+        if not self.settings.resume:
+            return None
+        if self.settings.old_layout:
+            keep_aside(self.settings.run_dir)  # the next save writes today's
+        return self._read(walk_back=False)
+
+    def _read(self, walk_back: bool) -> bundles.Bundle:
+        run_dir, old = self.settings.run_dir, self.settings.legacy_file
+        if old is not None and not bundles.exists(run_dir):
+            return legacy.read(old)
+        return bundles.read(run_dir, walk_back=walk_back)
 
     def start_anew(self) -> None:
         """Begin the log of a new run where an earlier start of it, which saved nothing, began."""
@@ -274,10 +286,9 @@ class Store:
         try:
             self.model.load_state_dict(saved.state_dict)
         except RuntimeError as e:
-            problem = " ".join(str(e).split())[:200]
             raise CheckpointError(
                 f"weights in {saved.path} do not fit its config.json",
-                problem,
+                misfit(saved.state_dict, self.model.config),
                 "undo the edit of config.json",
             ) from e
 
@@ -322,7 +333,7 @@ class Store:
         """
         self.wait()
         self._tensors = None
-        saved, started = bundles.read(self.settings.run_dir), self.start_step
+        saved, started = self._read(walk_back=True), self.start_step
         self.restore_weights(saved)
         if saved.manifest:
             saved.manifest.pop("log", None)
@@ -332,7 +343,8 @@ class Store:
 
     def _restore_optimizer(self, saved: bundles.Bundle) -> None:
         if saved.optimizer is None:
-            if self.start_step:
+            is_bare = saved.path.is_dir() and not (saved.path / "optimizer.pt").is_file()
+            if self.start_step and is_bare:  # of other reasons the reader's notice tells
                 console.notice(f"{saved.path.name}: no optimizer.pt; its moments start from zero")
             return
         try:

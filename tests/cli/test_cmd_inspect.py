@@ -154,11 +154,11 @@ def test_mistakes_are_one_line(run_dir, capsys, words, said) -> None:
     assert err.count("\n") == 1
 
 
-def test_an_older_single_file_checkpoint_is_named(run_dir, capsys) -> None:
+def test_a_damaged_single_file_checkpoint_is_named(run_dir, capsys) -> None:
     old = run_dir.with_name("old")
     old.mkdir()
     (old / "latest.pt").write_bytes(b"x")
-    assert main(["inspect", "old"]) == 2
+    assert main(["inspect", "old"]) == 3
     assert "latest.pt" in capsys.readouterr().err
 
 
