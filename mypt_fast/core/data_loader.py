@@ -263,10 +263,10 @@ class GPTDataLoader:
 
 
 def check_state(state: Any, kind: str) -> None:
-    """Refuse what is no state of this kind of loader; raises DataError."""
+    """Refuse what is no state of this kind of loader; raises ValueError."""
     found = (state.get("version"), state.get("kind")) if isinstance(state, dict) else None
     if found != (STATE_VERSION, kind):
-        raise DataError(
+        raise UnusableDataError(
             f"state of a loader of {kind}", f"found {found!r}", "use one that state_dict() returned"
         )
 

@@ -14,7 +14,7 @@ from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.annotations import StoredWeights
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
 from mypt_fast.data.episode_loader import EpisodeLoader
-from mypt_fast.data.format import Split
+from mypt_fast.data.format import Split, has_split
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.mixture import MixtureOrder
 from mypt_fast.data.mypt_order import MyptShardOrder, MyptTextOrder
@@ -317,7 +317,11 @@ class DataOpener:
         return corpus
 
     def _dataset(self, folder: str) -> Corpora:
-        return self._corpus([folder], "train"), self._corpus([folder], "val")
+        train = self._corpus([folder], "train")
+        if self._has_episode_rows(train) and not has_split(Path(folder), "val"):
+            self.notices.append(f"{folder} has no val split: validating on its train split")
+            return train, train
+        return train, self._corpus([folder], "val")
 
     def _demo(self) -> str:
         from mypt_fast.data.prepare import ensure_demo_dataset
