@@ -73,6 +73,8 @@ class GPTDataLoader:
         self.shard_cache: dict[str, Any] = {}
         self.use_shards = dataset_dir is not None
         self._corpora: dict[str, TokenCorpus] = {}
+        self._sizes: dict[str, list[int]] = {}
+        self._reaches: dict[tuple[str, int], list[int]] = {}  # by split and block_size
         self._batches = {"train": 0, "val": 0}
         if dataset_dir is not None:
             self._open_dataset(Path(dataset_dir))
@@ -109,8 +111,7 @@ class GPTDataLoader:
         """
         batch = self._from_shards(split) if self.use_shards else self._from_memory(split)
         self._batches[_side(split)] += 1
-        device = getattr(self.config, "device", None) or "cpu"
-        return tuple(part.to(device) for part in batch)
+        return on_device(batch, self.config)
 
     def eval_batches(self, split: str, n: int, seed: int | None = None) -> Iterator[Batch]:
         """Yield the n batches that `get_batch` would, and leave the global generators alone.
@@ -177,6 +178,7 @@ class GPTDataLoader:
 
         ordered = sorted(shards, key=lambda shard: str(shard.path))
         self._corpora[split] = TokenCorpus.from_shards(ordered, f"{split} of {self.dataset_dir}")
+        self._sizes[split] = [shard.n_tokens for shard in ordered]
         folder = ordered[0].path.parent
         masks = sorted(str(path) for path in folder.glob("*_mask.bin"))
         setattr(self, f"{split}_shards", [str(shard.path) for shard in ordered])
@@ -209,25 +211,20 @@ class GPTDataLoader:
         import numpy as np
         import torch
 
-        from mypt_fast.data.mypt_order import shard_batch, shard_reaches
+        from mypt_fast.data.mypt_order import shard_batch
 
         corpus = self._corpora.get(_side(split))
         if corpus is None:
             raise UnusableDataError(
                 f"batch of {split}", f"{self.dataset_dir} has no such split", "prepare it again"
             )
-        sizes = [shard.n_tokens for shard in corpus.shards]
         T = self.config.block_size
-        try:
-            reaches = shard_reaches(sizes, T)
-        except DataError as error:  # where MyPT loops for ever
-            raise UnusableDataError(error.what, error.found, error.cure) from None
         strict = os.environ.get("MYPT_STRICT_COMPAT") == "1"
         number, within = shard_batch(
             lambda n, count: np.random.randint(0, n, size=count).astype(np.int64),
-            reaches, self.config.batch_size, strict_compat=strict,
+            self._reaches_of(_side(split), T), self.config.batch_size, strict_compat=strict,
         )  # fmt: skip
-        starts = within + sum(sizes[:number])
+        starts = within + sum(self._sizes[_side(split)][:number])
         x, y = (np.empty((len(starts), T), np.int64) for _ in range(2))
         corpus.gather(starts, x, y)
         batch: tuple[NDArray[Any], ...] = (x, y)
@@ -235,6 +232,16 @@ class GPTDataLoader:
             mask = self._mask(_side(split), corpus, number, within, starts)
             batch = batch if mask is None else (x, y, mask)
         return tuple(torch.from_numpy(part) for part in batch)
+
+    def _reaches_of(self, side: str, T: int) -> list[int]:
+        from mypt_fast.data.mypt_order import shard_reaches
+
+        if (side, T) not in self._reaches:
+            try:
+                self._reaches[side, T] = shard_reaches(self._sizes[side], T)
+            except DataError as error:  # where MyPT loops for ever
+                raise UnusableDataError(error.what, error.found, error.cure) from None
+        return self._reaches[side, T]
 
     def _mask(
         self,
@@ -260,6 +267,14 @@ class GPTDataLoader:
         if not weights.any:
             return None
         return np.stack([weights.read_weights(s + 1, T) for s in starts.tolist()])
+
+
+def on_device(batch: Batch, config: Any) -> Batch:
+    """Bring a batch to config.device; to a GPU without waiting for the copy."""
+    device = str(getattr(config, "device", None) or "cpu")
+    if device.startswith("cuda"):  # torch keeps page-locked memory until its copy is done
+        return tuple(part.pin_memory().to(device, non_blocking=True) for part in batch)
+    return tuple(part.to(device) for part in batch)
 
 
 def check_state(state: Any, kind: str) -> None:

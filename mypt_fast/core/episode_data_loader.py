@@ -14,6 +14,7 @@ from mypt_fast.core.data_loader import (
     MissingDataError,
     UnusableDataError,
     check_state,
+    on_device,
     open_split_like_mypt,
 )
 from mypt_fast.errors import DataError
@@ -246,8 +247,7 @@ class GPTEpisodeDataLoader:
             if self._mask_debug:
                 counted = int((rows.mask != 0).sum())
                 console.say(f"[mask] {side}: {counted} of {rows.mask.size} targets count")
-        device = getattr(self.config, "device", None) or "cpu"
-        return tuple(torch.from_numpy(part).to(device) for part in parts)
+        return on_device(tuple(map(torch.from_numpy, parts)), self.config)
 
 
 def _setting(config: Any, name: str, given: Any, default: Any) -> Any:
