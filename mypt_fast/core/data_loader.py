@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -292,12 +293,9 @@ def open_split_like_mypt(folder: Path, split: Split, eval_only: bool = False) ->
     A metadata file that lists no shards is MyPT's, and there for people alone: its counts are not
     believed. Without a dtype there, shards that cannot be 32 bits wide are read as 16.
     """
-    from mypt_fast.data.format import has_split, open_file, open_split, read_metadata
+    from mypt_fast.data.format import has_split, open_file, open_split
 
-    metadata = read_metadata(folder)
-    if "shards" not in metadata:
-        kept = ("dtype", "format", "vocab_size")
-        metadata = {key: metadata[key] for key in kept if key in metadata}
+    metadata = _believed_metadata(folder)
     if eval_only and not (folder / split).is_dir():
         names = sorted(folder.glob("*.bin"))
         found = [path for path in names if not path.name.endswith("_mask.bin")]
@@ -309,6 +307,25 @@ def open_split_like_mypt(folder: Path, split: Split, eval_only: bool = False) ->
     return _either_width(
         lambda dtype: open_split(folder, split, metadata={**metadata, "dtype": dtype}), metadata
     )
+
+
+def _believed_metadata(folder: Path) -> dict[str, Any]:
+    """What metadata says of the files; of a file that is not in our terms, nothing."""
+    from mypt_fast.data.format import METADATA, read_metadata
+
+    try:
+        metadata = read_metadata(folder)
+    except IntegrityError:
+        try:
+            found = json.loads((folder / METADATA).read_bytes())
+        except (ValueError, RecursionError, OSError):
+            found = None
+        if not isinstance(found, dict) or isinstance(found.get("shards"), list):
+            raise
+        return {}
+    if "shards" in metadata:
+        return metadata
+    return {key: metadata[key] for key in ("dtype", "format", "vocab_size") if key in metadata}
 
 
 def _dtype_of(path: Path, dtype: str) -> str | None:

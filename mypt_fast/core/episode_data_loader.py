@@ -116,11 +116,19 @@ class GPTEpisodeDataLoader:
         order = self._order(side)
         return self._batch(side, order)
 
-    def eval_batches(self, split: str, n: int) -> Iterator[Batch]:
-        """Yield the n batches that `get_batch` would, and leave the position where it is."""
+    def eval_batches(self, split: str, n: int, seed: int | None = None) -> Iterator[Batch]:
+        """Yield the n batches that `get_batch` would, and leave the position where it is.
+
+        Args:
+            split: "train" or "val".
+            n: how many.
+            seed: None: from where the split is; any other: from its first episode, so that each
+                evaluation is of the same ones. The order is the split's own in any case.
+        """
         side = self._side(split)
         order, own = self._order(side), self._new_order(side)
-        own.load_state_dict(order.state_dict())
+        if seed is None:
+            own.load_state_dict(order.state_dict())
         for _ in range(n):
             yield self._batch(side, own)
 

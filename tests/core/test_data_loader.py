@@ -272,3 +272,10 @@ def test_state_goes_round_and_another_loaders_is_refused(tmp_path):
 def test_metadata_that_only_reports_is_not_believed(tmp_path):
     folder = describe(stream_dataset(tmp_path), total_tokens=5, train_shards=99, num_train_tokens=1)
     GPTDataLoader(config(), None, folder).get_batch()
+    GPTDataLoader(config(), None, describe(folder, format="stream", shards=3)).get_batch()
+    describe(folder, shards=[{"name": "train/shard_00000.bin", "tokens": 399}])
+    with pytest.raises(IntegrityError, match="does not list"):  # a list of files is believed
+        GPTDataLoader(config(), None, folder)
+    (folder / "dataset_metadata.json").write_text('{"total_tokens": 5')
+    with pytest.raises(IntegrityError, match="not JSON"):
+        GPTDataLoader(config(), None, folder)

@@ -187,6 +187,9 @@ def test_evaluation_batches_take_nothing_from_training(tmp_path, mode):
         assert torch.equal(loader.get_batch()[0], x)
         assert torch.equal(ahead[0], x)
     assert loader.get_epoch_info("val")["position"] == 0
+    first = next(iter(loader_of(tmp_path, batch_sampling_mode=mode).eval_batches("train", 1)))
+    for _ in range(2):  # with a seed, the same ones each time
+        assert torch.equal(next(iter(loader.eval_batches("train", 1, seed=3)))[0], first[0])
 
 
 def test_both_layouts_and_the_first_shard_beside_the_folders(tmp_path):

@@ -271,6 +271,46 @@ def test_order_mypt_trains_on_mypts_batches_and_resumes(here, monkeypatch):
     assert_same_run("whole", "parts")
 
 
+def test_order_mypt_gives_the_losses_of_a_plain_loop(here):
+    """Global NumPy generator, logits, cross_entropy, AdamW: nothing of the trainer's."""
+    write_dataset(Path("data/toy"), n_train=2000)
+    steps, flags = 60, ["--dropout", "0", "--max_iters", "60", "--eval_interval", "60"]
+    source = ["--dataset_dir", "data/toy", "--order", "mypt", "--seed", "77"]
+    assert fit("ours", *source, *flags) == 0
+    tokens = np.fromfile("data/toy/train/shard_00000.bin", "<u4").astype(np.int64)
+    model = GPT(ModelConfig(vocab_size=V, block_size=T, n_embd=16, n_head=2, n_layer=2), 77).eval()
+    decayed = {n: p.dim() > 1 and "embedding" not in n for n, p in model.named_parameters()}
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if decayed[n] is on], "weight_decay": wd}
+        for on, wd in ((True, 0.1), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    before, losses = np.random.get_state(), []
+    np.random.seed(77)
+    for step in range(steps):
+        p = min((step - 2) / (steps - 2), 1)
+        lr = 1e-2 * (step + 1) / 2 if step < 2 else 1e-3 + 0.5 * 9e-3 * (1 + np.cos(np.pi * p))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(2):
+            np.random.randint(0, 1)
+            np.random.randint(0, 1)
+            starts = np.random.randint(0, len(tokens) - T - 1, size=4)
+            x = torch.from_numpy(np.stack([tokens[s : s + T] for s in starts]))
+            y = torch.from_numpy(np.stack([tokens[s + 1 : s + T + 1] for s in starts]))
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / 2
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(total)
+    np.random.set_state(before)
+    assert [e["loss"] for e in events("ours", "train")] == pytest.approx(losses, abs=1e-4)
+    assert losses[-1] < losses[0] - 0.3
+
+
 def test_order_mypt_is_of_one_dataset_and_a_seed_of_32_bits(here, capsys):
     write_dataset(Path("data/toy"))
     flags = ["--dataset_dir", "data/toy", "--order", "mypt", "--seed", str(1 << 32)]
