@@ -70,7 +70,8 @@ class ChatSerializer:
                 f"it has no {missing[0]}",
                 "use --tokenization gpt2",
             )
-        self._tokenizer, self._system = tokenizer, system
+        self._tokenizer = tokenizer
+        self._system = _content(system, "the system prompt") if system else ""
         self._id = {name: tokenizer.special_tokens[name] for name in SPECIAL_STRINGS}
         self.eot_id = self._id["myPT_eot"]
         self._tag_weights = {

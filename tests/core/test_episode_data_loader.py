@@ -1,5 +1,6 @@
 """`core.episode_data_loader` against specification 8.2 and 8.3, written out again here."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from mypt_fast.core.episode_data_loader import GPTEpisodeDataLoader, is_episode_indexed_dataset
+from mypt_fast.data.chat_prepare import ChatOptions, prepare_chat
 from mypt_fast.tokenizer import Tokenizer
 from tests.data.shard_files import describe, write_episodes
 
@@ -296,3 +298,26 @@ def test_the_row_of_12_4_from_32_and_16_bits(tmp_path, dtype, metadata):
     assert m[0].tolist() == mask[1:] + [0] * (65 - len(mask))
     assert (x.dtype, y.dtype, m.dtype) == (torch.int64, torch.int64, torch.float32)
     assert int(m.sum()) == len(answer) + 2
+
+
+def test_prepared_conversations_open_packed_and_not(tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    rows = tmp_path / "talks.jsonl"
+    rows.write_text("".join(json.dumps({"messages": talk, "n": n}) + "\n" for n in range(20)))
+    whole = [50257, 1639, 389, 2011, 11571, 13, 50258, 50259, 17250, 50260, 50261, 15496, 0, 50262,
+             50275]  # fmt: skip
+    for name, pack in (("rows", None), ("packed", 32)):
+        prepare_chat(ChatOptions(tmp_path / name, (str(rows),), pack_block_size=pack))
+        loader = GPTEpisodeDataLoader(
+            config(32, 2, use_loss_mask=True), Tokenizer.gpt2(), tmp_path / name
+        )
+        x, _, mask, *segments = loader.get_batch("val")
+        assert x[0, :15].tolist() == whole
+        assert mask[0, :15].tolist() == [0] * 10 + [1, 1, 2, 2, 0]
+        assert is_episode_indexed_dataset(tmp_path / name)
+        if pack:
+            assert x[0, 15:30].tolist() == whole
+            assert segments[0][0].tolist() == [1] * 15 + [2] * 15 + [0] * 2
+        else:
+            assert segments == []
+            assert set(x[0, 15:].tolist()) == {50275}
