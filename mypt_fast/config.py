@@ -222,16 +222,18 @@ class TrainConfig:
         choices=("auto", "triton", "reference", "inductor"),
     )
     documents: str = opt(
-        "concat",
+        "auto",
         "concat: attention crosses document ends; mask: it does not; bestfit: rows are packed "
-        "with documents, whole where they fit",
-        choices=("concat", "mask", "bestfit"),
+        "with documents, whole where they fit; auto: an episode a row where the dataset has "
+        "episodes, else concat",
+        choices=("auto", "concat", "mask", "bestfit"),
     )
     order: str = opt(
         "epoch",
         "windows of the training data; epoch: each once, shuffled; replacement: drawn at random; "
-        "block: shuffled within a few large blocks, for slow disks; sequential: as they lie",
-        choices=("epoch", "replacement", "block", "sequential"),
+        "block: shuffled within a few large blocks, for slow disks; sequential: as they lie; "
+        "mypt: drawn as MyPT does with that seed",
+        choices=("epoch", "replacement", "block", "sequential", "mypt"),
     )
     seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)
     eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)

@@ -25,6 +25,7 @@ examples:
   mypt-fast prepare 'web/*.jsonl.gz' --text_field content --out_dir data/web
   zcat dump.gz | mypt-fast prepare - --tokenization char --out_dir data/dump
   mypt-fast prepare --demo --out_dir data/demo      (Python's own standard library)
+  mypt-fast prepare --chat talks.jsonl --pack_block_size 1024 --out_dir data/talks
 
 then train on it:
   mypt-fast train --config configs/150M_1024.json --dataset_dir data/mine
@@ -36,6 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_input_flags(parser)
     _add_token_flags(parser)
     _add_clean_flags(parser)
+    _add_chat_flags(parser)
     run_flags = parser.add_argument_group("running")
     run_flags.add_argument(
         "--overwrite", action="store_true", help="replace a dataset made from other inputs"
@@ -127,8 +129,75 @@ def _add_clean_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, action="store_true", help=text)
 
 
+def _add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversations")
+    group.add_argument(
+        "--chat",
+        nargs="+",
+        metavar="FILE",
+        help='JSONL of {"messages": [{"role", "content"}, ...]} for fine-tuning, to a dataset of '
+        "episodes with loss masks; .gz too",
+    )
+    group.add_argument(
+        "--pack_block_size",
+        type=int,
+        metavar="N",
+        help="with --chat: lay conversations into rows of N tokens, which do not see each other",
+    )
+    group.add_argument(
+        "--system_prompt",
+        metavar="TEXT",
+        help='with --chat: of conversations that bring none ("You are MyPT."); "" for none',
+    )
+    group.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="with --chat: leave out and count what is no conversation, rather than stop there",
+    )
+
+
+def _run_chat(args: argparse.Namespace) -> int:
+    if args.inputs or args.input_files or args.demo or args.tokenization != "gpt2":
+        raise DataError(
+            "--chat", "beside text inputs or another tokenization than gpt2", "drop one of them"
+        )
+    from mypt_fast.data.chat import DEFAULT_SYSTEM
+    from mypt_fast.data.chat_prepare import ChatOptions, prepare_chat
+
+    prompt = DEFAULT_SYSTEM if args.system_prompt is None else args.system_prompt
+    options = ChatOptions(
+        args.out_dir, tuple(args.chat), args.val_fraction, args.pack_block_size, prompt,
+        args.skip_bad_rows, args.overwrite,
+    )  # fmt: skip
+    with console.byte_progress() as progress:
+        metadata = prepare_chat(options, progress, _note)
+    print(json.dumps(metadata, indent=2) if args.json else _chat_summary(metadata, args.out_dir))
+    return 0
+
+
+def _chat_summary(metadata: dict[str, Any], out_dir: str) -> str:
+    lines = [f"dataset     {out_dir}"]
+    for split in ("train", "val"):
+        tokens, learned = (metadata[f"num_{split}_{k}tokens"] for k in ("", "learned_"))
+        lines.append(
+            f"{split:<12}{_counted(metadata[f'num_{split}_conversations'], 'conversation')} in "
+            f"{_counted(metadata[f'num_{split}_episodes'], 'row')}, {tokens:,} tokens, "
+            f"{learned:,} of them learned"
+        )
+    for key, text in (
+        ("num_cut_conversations", "conversations longer than a packed row keep their last tokens"),
+        ("num_bad_rows", "bad rows left out"),
+    ):
+        if metadata[key]:
+            lines.append(f"note        {metadata[key]:,} {text}")
+    next_line = "mypt-fast train --config CONFIG --use_loss_mask --dataset_dir"
+    return "\n".join([*lines, f"next        {next_line} {out_dir}"])
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare the dataset and print what came out."""
+    if args.chat and args.out_dir:
+        return _run_chat(args)
     inputs = (*args.inputs, *args.input_files)
     if not args.out_dir:
         raise DataError("--out_dir", "is not given", "name a directory for the dataset")

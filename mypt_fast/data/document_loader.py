@@ -6,16 +6,17 @@ samples, the same one-integer position, and a third member in every batch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mypt_fast.data.episode_loader import EpisodeLoader
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.order import SampleOrder, SampleStream
 from mypt_fast.data.packing import (
     BestFitLayout,
-    Documents,
+    DocumentBatch,
     Int64,
     Layout,
     LossRule,
@@ -58,14 +59,6 @@ class LossPlane(Protocol):
     def read_weights(self, start: int, count: int) -> NDArray[Any]:
         """The weights of the tokens [start, start + count)."""
         ...
-
-
-class DocumentBatch(NamedTuple):
-    """Tokens and targets, (B, T) int64, and the documents they are in."""
-
-    x: Int64
-    y: Int64
-    documents: Documents
 
 
 def checked_ends(ends: NDArray[Any], n_tokens: int, source: str) -> Int64:
@@ -273,4 +266,4 @@ class DocumentLoader(Share):
         )
 
 
-Loader = TokenLoader | DocumentLoader
+Loader = TokenLoader | DocumentLoader | EpisodeLoader

@@ -12,7 +12,7 @@ serves one split, and the draws of another can be interleaved through `MersenneW
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,14 @@ class MersenneWords:
         taken: words to skip, as a state says.
 
     Attributes:
+        seed: as given.
         taken: how many words were used.
     """
 
     def __init__(self, seed: int, taken: int = 0) -> None:
         if not 0 <= seed < _WORD:
             raise ValueError(f"a Mersenne Twister is seeded with 32 bits, not {seed}")
+        self.seed = seed
         self._generator = np.random.MT19937()
         # The seeding of np.random.seed, which is torch's too; MT19937(seed) hashes the seed.
         np.random.RandomState(self._generator).seed(seed)
@@ -84,6 +86,64 @@ class MersenneWords:
         if n >= _TORCH_ONE_WORD:
             words = words[0::2] << np.uint64(32) | words[1::2]
         return (words % np.uint64(n)).astype(np.int64)
+
+
+Below = Callable[[int, int], Int64]  # (n, count): that many numbers in [0, n)
+
+
+def shard_batch(
+    below: Below, reaches: Sequence[int], batch_size: int, *, strict_compat: bool = False
+) -> tuple[int, Int64]:
+    """Draw one batch as MyPT does: a shard, whatever its length, and starts within it.
+
+    Args:
+        below: the generator, such as `MersenneWords.numpy_below`.
+        reaches: of each shard, how many starts MyPT draws from; one at least is positive.
+        batch_size: rows.
+        strict_compat: where a shard has fewer starts than that, all of them in order, in a smaller
+            batch, which is what MyPT makes of it. Otherwise they are drawn like any others.
+
+    Returns:
+        The number of the shard, and the starts in it.
+    """
+    below(len(reaches), 1)  # drawn, and not used
+    reach = 0
+    while reach < 1:
+        shard = int(below(len(reaches), 1)[0])
+        reach = reaches[shard]
+    if strict_compat and reach < batch_size:
+        return shard, np.arange(reach, dtype=np.int64)
+    return shard, below(reach, batch_size)
+
+
+def shard_reaches(sizes: Sequence[int], seq_len: int) -> list[int]:
+    """How many starts MyPT draws from in each shard: the last two windows are never read.
+
+    Raises:
+        DataError: no shard is long enough, where upstream loops for ever.
+    """
+    reaches = [int(size) - seq_len - 1 for size in sizes]
+    if max(reaches, default=0) < 1:
+        raise DataError(
+            f"{len(sizes)} shards for MyPT's sampling with a context of {seq_len}",
+            f"the longest has {max(sizes, default=0)} tokens, where one needs {seq_len + 2}",
+            "add data or lower block_size",
+        )
+    return reaches
+
+
+def epoch_order(n_episodes: int, seed: int, epoch: int, shuffle: bool = True) -> Int64:
+    """The episodes of one epoch: RandomState(seed + epoch).permutation(n), or 0, 1, 2, ...
+
+    Raises:
+        DataError: seed + epoch is past 32 bits.
+    """
+    if not shuffle:
+        return np.arange(n_episodes, dtype=np.int64)
+    if seed + epoch >= _WORD:
+        raise DataError("epoch_seed plus the epoch", f"{seed + epoch}, past 32 bits")
+    order = np.random.RandomState(seed + epoch).permutation(n_episodes)
+    return np.asarray(order, dtype=np.int64)
 
 
 class _MyptStream:
@@ -160,19 +220,17 @@ class MyptShardOrder(_MyptStream):
     """Shards: one of them per batch, whatever its length, and starts within it.
 
     Upstream draws a shard number it does not use, then shard numbers until one is long enough, then
-    the starts, in [0, tokens - block_size - 1): the last two windows of a shard are never read.
+    the starts, in [0, tokens - block_size - 1).
 
     Args:
         sizes: tokens of each shard, in the order of their paths.
         seq_len: block_size.
         batch_size: rows.
         seed: of np.random.seed, 32 bits.
-        strict_compat: keep what upstream does with a shard that has fewer starts than a batch has
-            rows: all its starts, in order, in a smaller batch.
+        strict_compat: of `shard_batch`.
 
     Raises:
-        DataError: no shard is long enough, where upstream loops for ever; or, without
-            strict_compat, one would give a smaller batch.
+        DataError: no shard is long enough.
     """
 
     algo = "mypt-shards/v1"
@@ -189,36 +247,17 @@ class MyptShardOrder(_MyptStream):
         super().__init__(sum(sizes), seq_len, batch_size, seed)
         self.strict_compat = strict_compat
         self._bases = [0, *np.cumsum(sizes).tolist()]
-        self._reach = [int(size) - seq_len - 1 for size in sizes]  # starts below this
-        if max(self._reach, default=0) < 1:
-            raise DataError(
-                f"{len(sizes)} shards for MyPT's sampling with a context of {seq_len}",
-                f"the longest has {max(sizes, default=0)} tokens, where one needs {seq_len + 2}",
-                "add data or lower block_size",
-            )
-        short = [k for k, reach in enumerate(self._reach) if 0 < reach < batch_size]
-        if short and not strict_compat:
-            raise DataError(
-                f"shard {short[0]} for MyPT's sampling of {batch_size} rows of {seq_len}",
-                f"{sizes[short[0]]} tokens, from which MyPT makes a batch of "
-                f"{self._reach[short[0]]} rows, the same each time",
-                "lower batch_size or block_size, join short shards, or use the default order",
-            )
+        self._reaches = shard_reaches(sizes, seq_len)
 
     def identity(self) -> dict[str, Any]:
         """Return what must agree for a position to mean the same batches; plain values."""
-        return {**super().identity(), "n_shards": len(self._reach), "compat": self.strict_compat}
+        return {**super().identity(), "n_shards": len(self._reaches), "compat": self.strict_compat}
 
     def _draw(self) -> Int64:
-        n_shards = len(self._reach)
-        self.words.numpy_below(n_shards, 1)
-        reach = 0
-        while reach < 1:
-            shard = int(self.words.numpy_below(n_shards, 1)[0])
-            reach = self._reach[shard]
-        if reach < self.batch_size:
-            return np.arange(reach, dtype=np.int64) + self._bases[shard]
-        return self.words.numpy_below(reach, self.batch_size) + self._bases[shard]
+        shard, starts = shard_batch(
+            self.words.numpy_below, self._reaches, self.batch_size, strict_compat=self.strict_compat
+        )
+        return starts + self._bases[shard]
 
 
 class MyptEpisodeOrder:
@@ -312,12 +351,7 @@ class MyptEpisodeOrder:
         self.epoch, self.position, self._words = epoch, position, MersenneWords(self.seed, taken)
 
     def _order_of(self, epoch: int) -> Int64:
-        if self.mode == "random" or not self.shuffle:
-            return np.arange(self.n_episodes, dtype=np.int64)
-        if self.seed + epoch >= _WORD:
-            raise DataError("epoch_seed plus the epoch", f"{self.seed + epoch}, past 32 bits")
-        order = np.random.RandomState(self.seed + epoch).permutation(self.n_episodes)
-        return np.asarray(order, dtype=np.int64)
+        return epoch_order(self.n_episodes, self.seed, epoch, self.shuffle and self.mode == "epoch")
 
 
 def _require(expected: dict[str, Any], state: dict[str, Any]) -> None:

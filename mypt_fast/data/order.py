@@ -66,7 +66,7 @@ class SampleStream(Protocol):
         ...
 
     def to_native(self, module: ModuleType) -> Any:
-        """Return the C++ twin, a SampleStream of `mypt_fast._native`."""
+        """Return the C++ twin, a SampleStream of `mypt_fast._native`; None where there is none."""
         ...
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +123,8 @@ class Documents:
         position_ids: (B, T) int64, from 0 in each document (and in the padding of a row).
         segment_ids: (B, T) int32, from 1 in each row; 0 is padding.
         cu_seqlens: (n + 1,) int32: where segments, padding included, begin in the B*T tokens of
-            the flattened batch, and B*T at the end. No segment is in two rows.
+            the flattened batch, and B*T at the end. No segment is in two rows. Empty where rows
+            are whole.
         max_seqlen: tokens of the longest segment.
         loss_mask: (B, T) float32, weight of each target; 0 on padding.
     """
@@ -133,6 +134,14 @@ class Documents:
     cu_seqlens: NDArray[np.int32]
     max_seqlen: int
     loss_mask: NDArray[np.float32]
+
+
+class DocumentBatch(NamedTuple):
+    """Tokens and targets, (B, T) int64, and the documents they are in."""
+
+    x: Int64
+    y: Int64
+    documents: Documents
 
 
 class Layout(Protocol):

@@ -40,18 +40,22 @@ class Share:
             raise ValueError(f"rank {rank} is not in [0, world_size {world_size})")
         if global_batch < 1 or global_batch % world_size:
             raise ValueError(f"global_batch {global_batch} is not a multiple of {world_size} ranks")
-        if corpus.n_tokens < seq_len + 1:
-            raise DataError(
-                f"{corpus.source} for a context of {seq_len}",
-                f"{corpus.n_tokens} tokens, where one window needs {seq_len + 1}",
-                "add data or lower block_size",
-            )
+        self._check_size(corpus, seq_len)
         self._source, self._fingerprint = corpus.source, corpus.fingerprint
         self._global_batch = global_batch
         self._share = global_batch // world_size
         self._offset = rank * self._share
         self.position = 0
         self._taken = 0  # rows of this rank's share of the current step already read
+
+    def _check_size(self, corpus: Tokens, seq_len: int) -> None:
+        """Refuse a corpus that has no sample."""
+        if corpus.n_tokens < seq_len + 1:
+            raise DataError(
+                f"{corpus.source} for a context of {seq_len}",
+                f"{corpus.n_tokens} tokens, where one window needs {seq_len + 1}",
+                "add data or lower block_size",
+            )
 
     @property
     def fingerprint(self) -> str:

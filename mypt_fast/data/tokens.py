@@ -18,6 +18,7 @@ from mypt_fast.data.format import Shard, Split, dataset_fingerprint, open_split
 from mypt_fast.data.order import SampleStream
 from mypt_fast.data.reader import (
     BatchReader,
+    Int64,
     NumpyReader,
     Tokens,
     load_shard,
@@ -119,9 +120,31 @@ class TokenCorpus:
                     "every shard is left out",
                     "copy the files again, or prepare the dataset again",
                 )
+        name = f"{split} split of {', '.join(map(str, dataset_dirs))}"
+        return cls._of_sources(sources, name, backend, io)
+
+    @classmethod
+    def from_shards(
+        cls, shards: Sequence[Shard], source: str, backend: str = "auto", io: str = "auto"
+    ) -> TokenCorpus:
+        """Hold shards that were opened, and so checked, elsewhere, in the order given.
+
+        Args:
+            shards: one or more.
+            source: what messages call them.
+            backend: as `from_datasets`.
+            io: likewise.
+        """
+        with _uncollected():
+            return cls._of_sources([list(shards)], source, backend, io)
+
+    @classmethod
+    def _of_sources(
+        cls, sources: list[list[Shard]], name: str, backend: str, io: str
+    ) -> TokenCorpus:
         shards = [shard for source in sources for shard in source]
         corpus = cls(
-            f"{split} split of {', '.join(map(str, dataset_dirs))}",
+            name,
             [shard.name for shard in shards],
             [shard.n_tokens for shard in shards],
             dataset_fingerprint(shards),
@@ -166,8 +189,31 @@ class TokenCorpus:
             return NumpyReader(self._arrays, order)
         module, _ = native_module()
         assert module is not None
-        reader: BatchReader = module.BatchReader(self._native, order.to_native(module))
+        twin = order.to_native(module)
+        if twin is None:
+            return StartsReader(self, order)
+        reader: BatchReader = module.BatchReader(self._native, twin)
         return reader
+
+    def gather(self, starts: NDArray[np.int64], x: Int64, y: Int64) -> int:
+        """Fill x and y, each (rows, T) int64, with the windows that begin at `starts`.
+
+        Args:
+            starts: (rows,) first tokens; T + 1 tokens from each are in the corpus.
+            x: tokens of the windows but the last.
+            y: likewise but the first.
+
+        Returns:
+            The largest token id read.
+        """
+        if self._native is not None:
+            module, _ = native_module()
+            assert module is not None
+            return int(module.gather(self._native, starts.tolist(), x, y))
+        for row, start in enumerate(starts.tolist()):
+            window = self.read_span(start, x.shape[1] + 1)
+            x[row], y[row] = window[:-1], window[1:]
+        return max(int(x.max()), int(y.max())) if x.size else 0
 
     def locate(self, token: int) -> tuple[str, int]:
         """Return the shard name and the position within it of a token of the corpus."""
@@ -222,6 +268,27 @@ class TokenCorpus:
             else f"data loader: NumPy ({problem})"
         )
         return module
+
+
+class StartsReader:
+    """Reads an order that only Python knows: a `BatchReader`."""
+
+    def __init__(self, corpus: TokenCorpus, order: SampleStream) -> None:
+        self._corpus, self._order = corpus, order
+        self.width = max((shard.width for shard in corpus.shards), default=4)
+
+    def read(self, first_sample: int, x: Int64, y: Int64, next_sample: int) -> int:
+        """See BatchReader; the hint is of no use here."""
+        del next_sample
+        return self._corpus.gather(self._order.starts(first_sample, len(x)), x, y)
+
+    def read_windows(self, first_sample: int, windows: Tokens, next_sample: int) -> int:
+        """See BatchReader."""
+        shape = (len(windows), self._order.seq_len)
+        x, y = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        largest = self.read(first_sample, x, y, next_sample)
+        windows[:, :-1], windows[:, -1] = x, y[:, -1]
+        return largest
 
 
 @contextlib.contextmanager

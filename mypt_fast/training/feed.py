@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from mypt_fast.attention import Segments
-from mypt_fast.data.document_loader import DocumentLoader, Loader
+from mypt_fast.data.document_loader import Loader
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.packing import Documents
 
@@ -28,7 +28,8 @@ def model_inputs(batch: tuple[Any, ...], put: Put) -> dict[str, Any]:
     x, y, *more = batch
     inputs: dict[str, Any] = {"idx": put(x), "targets": put(y)}
     for documents in more:
-        inputs["documents"] = segments(documents, put)
+        if len(documents.cu_seqlens):  # else rows are whole, and only weighed
+            inputs["documents"] = segments(documents, put)
         inputs["loss_mask"] = put(documents.loss_mask)
     return inputs
 
@@ -50,7 +51,7 @@ def step_weight(loader: Loader, tokens_per_step: int) -> float:
 
     A step without any has loss 0, not NaN.
     """
-    if isinstance(loader, DocumentLoader):
+    if not isinstance(loader, TokenLoader):
         return max(loader.step_weight(), 1.0)
     return tokens_per_step
 

@@ -13,9 +13,12 @@ import torch
 from mypt_fast.config import CurriculumPhase
 from mypt_fast.data.annotations import StoredWeights
 from mypt_fast.data.document_loader import DocumentLoader, Loader, document_ends
-from mypt_fast.data.format import Split
+from mypt_fast.data.episode_loader import EpisodeLoader
+from mypt_fast.data.format import Split, has_split
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.mixture import MixtureOrder
+from mypt_fast.data.mypt_order import MyptShardOrder, MyptTextOrder
+from mypt_fast.data.mypt_stream import MyptStream
 from mypt_fast.data.order import SampleStream
 from mypt_fast.data.prefetch import aligned
 from mypt_fast.data.tokens import TokenCorpus
@@ -63,6 +66,7 @@ class DataOpener:
         self.settings, self.notices, self.progress = settings, notices, progress
         self.loader_note = ""
         self.eot_id: int | None = None  # of the run's tokenizer
+        self.pad_id = 0  # of episodes
         self._boundaries_noted = False
         self._has_weights = settings.resume or settings.init_dir is not None
         path = (settings.init_dir or settings.run_dir) / "tokenizer.json"
@@ -145,7 +149,7 @@ class DataOpener:
         self.loader_note = corpora[0].backend_note
         if corpora[0].io == "pread":
             self.loader_note += ", read ahead from disk"
-        if s.train.documents != "concat":
+        if s.train.documents not in ("auto", "concat"):
             self.loader_note += f"; documents: {s.train.documents}"
         return Phase(name, until, train, self._eval_loader(corpora[1]), source)
 
@@ -156,11 +160,15 @@ class DataOpener:
         self, corpus: TokenCorpus, seed: int, global_batch: int, is_training: bool = False
     ) -> Loader:
         cfg, mode = self.settings.model, self.settings.train.documents
+        if self._has_episode_rows(corpus):
+            return self._episodes(corpus, seed, global_batch, is_training)
+        mode = "concat" if mode == "auto" else mode
         weights = self._weights(corpus, is_training)
         common: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "vocab_size": cfg.vocab_size,
         }  # fmt: skip
         order = self._order(corpus, seed, self.settings.train.order if is_training else "epoch")
+        is_plain = isinstance(order, str) or self.settings.train.mixture
         if mode == "bestfit" and order != "epoch":
             raise ConfigError(
                 "--documents bestfit has an order of its own",
@@ -168,7 +176,7 @@ class DataOpener:
                 "drop one, or use --documents mask",
             )
         if mode == "concat" and weights is None:
-            if is_training and (self._on_gpu or corpus.io == "pread"):
+            if is_training and is_plain and (self._on_gpu or corpus.io == "pread"):
                 # what is mapped costs a CPU nothing; a disk or a GPU is worth a thread
                 common["prefetch"] = PREFETCH
                 common["allocate"] = pinned if self._on_gpu else aligned
@@ -187,8 +195,47 @@ class DataOpener:
             corpus, cfg.block_size, ends, mode, pad_id=pad, order=order, weights=weights, **common
         )
 
-    def _note_planes(self, corpus: TokenCorpus) -> None:
-        kinds = sorted({plane.kind for shard in corpus.shards for plane in shard.planes})
+    def _has_episode_rows(self, corpus: TokenCorpus) -> bool:
+        """Whether a dataset is read episode by episode, as MyPT does, not as a stream of tokens."""
+        train = self.settings.train
+        of_episodes = bool(corpus.shards) and all(s.format == "episodes" for s in corpus.shards)
+        is_asked = train.documents == "auto" and train.order in ("epoch", "mypt")
+        return of_episodes and is_asked and not train.mixture
+
+    def _episodes(
+        self, corpus: TokenCorpus, seed: int, global_batch: int, is_training: bool
+    ) -> EpisodeLoader:
+        cfg = self.settings.model
+        pad = self.pad_id if cfg.pad_token_id is None else cfg.pad_token_id
+        if pad >= cfg.vocab_size:
+            raise ConfigError(
+                f"pad_token_id {pad}", f"vocab_size is {cfg.vocab_size}", "name a token below it"
+            )
+        loader = EpisodeLoader(
+            corpus.shards, corpus.source, cfg.block_size,
+            seed=cfg.epoch_seed if is_training else seed % (1 << 31),
+            mode=cfg.batch_sampling_mode if is_training else "epoch",
+            shuffle=cfg.epoch_shuffle or not is_training, global_batch=global_batch,
+            vocab_size=cfg.vocab_size, pad_id=pad, min_tokens=cfg.episode_min_tokens,
+            use_loss_mask=cfg.use_loss_mask,
+        )  # fmt: skip
+        if not is_training:
+            return loader
+        if not cfg.use_loss_mask:
+            self._note_planes(corpus, without=("segments",))
+        elif not loader.has_masks:
+            self.notices.append(f"use_loss_mask is off: {corpus.source} stores no masks")
+        if loader.n_long:
+            self.notices.append(
+                f"{loader.n_long:,} of {loader.n_windows:,} episodes of {corpus.source} are longer "
+                f"than {cfg.block_size + 1} tokens: their last ones are read, as in MyPT; "
+                "--documents concat reads all as a stream"
+            )
+        return loader
+
+    def _note_planes(self, corpus: TokenCorpus, without: tuple[str, ...] = ()) -> None:
+        stored = {plane.kind for shard in corpus.shards for plane in shard.planes}
+        kinds = sorted(stored.difference(without))
         note = f"{' and '.join(kinds)} stored with the data are not used; use_loss_mask uses them"
         if kinds and note not in self.notices:
             self.notices.append(note)
@@ -206,6 +253,8 @@ class DataOpener:
 
     def _order(self, corpus: TokenCorpus, seed: int, kind: str) -> SampleStream | str:
         shares = self.settings.train.mixture
+        if kind == "mypt":
+            return self._mypt_order(corpus, seed)
         if not shares or len(corpus.source_sizes) < len(shares):
             return kind
         T = self.settings.model.block_size
@@ -220,6 +269,22 @@ class DataOpener:
             return MixtureOrder(corpus.source_sizes, T, seed, [(None, [*shares.values()])], kind)
         except ValueError as e:
             raise ConfigError(f"mixture of {corpus.source}", str(e), "change its shares") from e
+
+    def _mypt_order(self, corpus: TokenCorpus, seed: int) -> MyptStream:
+        cfg, train = self.settings.model, self.settings.train
+        if train.mixture or seed >= 1 << 32:
+            raise ConfigError(
+                "--order mypt is MyPT's own, of one dataset and a seed of 32 bits",
+                "found a mixture" if train.mixture else f"found seed {seed}",
+                "drop one of the two" if train.mixture else "use a smaller --seed",
+            )
+        sizes = [shard.n_tokens for shard in corpus.shards]
+        order: MyptShardOrder | MyptTextOrder
+        if sizes:
+            order = MyptShardOrder(sizes, cfg.block_size, cfg.batch_size, seed)
+        else:
+            order = MyptTextOrder(corpus.n_tokens, cfg.block_size, cfg.batch_size, seed)
+        return MyptStream(order)
 
     def _verify(self, folder: str) -> None:
         """Read every byte of a dataset that is about to be trained on, if that was asked."""
@@ -252,7 +317,11 @@ class DataOpener:
         return corpus
 
     def _dataset(self, folder: str) -> Corpora:
-        return self._corpus([folder], "train"), self._corpus([folder], "val")
+        train = self._corpus([folder], "train")
+        if self._has_episode_rows(train) and not has_split(Path(folder), "val"):
+            self.notices.append(f"{folder} has no val split: validating on its train split")
+            return train, train
+        return train, self._corpus([folder], "val")
 
     def _demo(self) -> str:
         from mypt_fast.data.prepare import ensure_demo_dataset
@@ -319,6 +388,8 @@ class DataOpener:
 
     def _fit_vocabulary(self, tokenizer: Tokenizer, source: str) -> None:
         cfg, self.eot_id = self.settings.model, tokenizer.eot_id
+        turn_end = tokenizer.special_id("myPT_eot")
+        self.pad_id = (self.eot_id or 0) if turn_end is None else turn_end
         needed = tokenizer.model_vocab_size
         if self._has_weights:
             if tokenizer.n_tokens > cfg.vocab_size:

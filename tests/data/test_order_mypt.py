@@ -119,14 +119,16 @@ def test_orders_leave_the_global_generators_alone():
     assert torch.equal(torch.get_rng_state(), torch_before)
 
 
-def test_shards_too_short_for_a_batch_are_refused_unless_asked_for():
-    # max_start is 1: upstream returns the same single row whenever it draws this shard.
-    with pytest.raises(DataError, match="shard 1 for MyPT's sampling of 4 rows") as caught:
-        MyptShardOrder([500, 18], 16, 4, 0)
-    assert "18 tokens" in caught.value.found
-    assert "a batch of 1 rows" in caught.value.found
-    order = MyptShardOrder([18], 16, 4, 0, strict_compat=True)
-    assert [order.next_starts().tolist() for _ in range(3)] == [[0], [0], [0]]
+def test_a_shard_with_fewer_starts_than_a_batch_has_rows_is_drawn_like_any_other():
+    # max_start is 3: upstream returns the same three rows whenever it draws this shard.
+    order, random = MyptShardOrder([20], 16, 64, 5), np.random.RandomState(5)
+    for _ in range(3):
+        random.randint(0, 1), random.randint(0, 1)
+        starts = order.next_starts()
+        assert np.array_equal(starts, random.randint(0, 3, size=64))
+        assert set(starts.tolist()) == {0, 1, 2}
+    strict = MyptShardOrder([20], 16, 64, 5, strict_compat=True)
+    assert [strict.next_starts().tolist() for _ in range(3)] == [[0, 1, 2]] * 3
     # A shard that is never drawn does no harm: 17 tokens have max_start 0.
     assert MyptShardOrder([500, 17, 0], 16, 4, 0).next_starts().size == 4
 

@@ -356,7 +356,8 @@ def masked_dataset(folder: Path) -> Path:
 
 def test_a_datasets_masks_weigh_the_loss_and_the_accuracy(dataset, monkeypatch, capsys) -> None:
     masked_dataset(Path("data/masked"))
-    start = ["train", *SMALL, "--dataset_dir", "data/masked", "--use_loss_mask"]
+    data = ["--dataset_dir", "data/masked", "--documents", "concat"]
+    start = ["train", *SMALL, *data, "--use_loss_mask"]
     assert main([*start, "--model_name", "whole"]) == 0
     assert "use_loss_mask is off" not in capsys.readouterr().err
     e = events("whole", "eval")[-1]
@@ -367,7 +368,7 @@ def test_a_datasets_masks_weigh_the_loss_and_the_accuracy(dataset, monkeypatch, 
     assert main(["train", "--model_name", "parts"]) == 0
     assert_same_run("whole", "parts")
     # what does not count is not learned: no gradient ever asked for it
-    assert main(["train", *SMALL, "--dataset_dir", "data/masked", "--model_name", "all"]) == 0
+    assert main(["train", *SMALL, *data, "--model_name", "all"]) == 0
     bias = [
         bundle.read(Path("checkpoints") / n).state_dict["lm_head.bias"] for n in ("whole", "all")
     ]

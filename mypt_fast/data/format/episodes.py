@@ -1,6 +1,7 @@
 """MyPT's episode datasets: tokens in a row, an index of episodes, a value or two a token.
 
-    tokens.bin          uint32 (uint16 where the metadata says so)
+    tokens.bin          uint32; uint16 where the metadata says so, or where the file is exactly as
+                        long as that makes it
     episodes.idx        uint64 pairs: first token, tokens
     mask.bin            uint8, optional: 1 where a token counts in the loss
     mask_weighted.bin   float32, optional: how much it counts
@@ -32,6 +33,10 @@ PLANES: dict[str, PlaneKind] = {
 }
 _PAIR = 16
 _CHUNK = 1 << 16  # episodes that are checked at once
+
+
+class MismatchedPlaneError(FormatError, AssertionError):
+    """Another number of masks or segments than of tokens; MyPT asserts that they agree."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ def open_episodes(
     path = folder / TOKENS
     descriptor, size = open_file(path)
     try:
+        if width == 4 and size == 2 * _last_token(folder / INDEX) > 0:
+            width = 2
         if size % width:
             raise TruncatedShardError(
                 f"shard {path}", f"{size} bytes is not a multiple of {width} (uint{8 * width})"
@@ -112,11 +119,20 @@ def open_episodes(
     )  # fmt: skip
 
 
+def _last_token(index: Path) -> int:
+    """Where the last episode of an index ends; 0 where it has none."""
+    with opened(index, "index") as (descriptor, size):
+        if size < _PAIR:
+            return 0
+        begin, length = np.frombuffer(read_at(descriptor, _PAIR, size - _PAIR, index), "<u8")
+    return int(begin) + int(length)
+
+
 def _check_plane(plane: Plane, n_tokens: int) -> str:
     with opened(plane.path, plane.kind) as (descriptor, size):
         itemsize = plane.dtype.itemsize
         if size != n_tokens * itemsize:
-            raise FormatError(
+            raise MismatchedPlaneError(
                 f"{plane.kind} {plane.path}",
                 f"{size} bytes, where {n_tokens} tokens with {itemsize} bytes each are "
                 f"{n_tokens * itemsize}",
