@@ -93,7 +93,7 @@ class EventLog:
         not the end of a line, so that it is not the file whose position was saved.
         """
         size = self.path.stat().st_size
-        if position >= size or not _ends_line(self.path, position):
+        if not 0 <= position < size or not _ends_line(self.path, position):
             return 0
         os.truncate(self.path, position)
         return size - position

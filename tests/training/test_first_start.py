@@ -1,12 +1,15 @@
 """A run that dies before its first checkpoint leaves a log that the next start begins anew."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import events
 
 from mypt_fast.training import store
+from mypt_fast.training.events import EventLog
+from mypt_fast.training.first_start import FirstStart
 
 LOG = Path("logs/train/run_eval.jsonl")
 MARK = Path("checkpoints/.run.start")
@@ -50,8 +53,6 @@ def test_what_was_in_the_log_before_stays(train) -> None:
 
 
 def test_a_run_whose_checkpoint_was_removed_keeps_its_log(train) -> None:
-    import shutil
-
     assert train("run") == 0
     shutil.rmtree("checkpoints/run")
     assert train("run") == 0
@@ -59,19 +60,30 @@ def test_a_run_whose_checkpoint_was_removed_keeps_its_log(train) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"\xff", b'{"log": 3}', b'{"log": "LOG", "bytes": "x"}']
+    ("note", "dropped"),
+    [
+        (b'{"log": "LOG", "bytes": 6}', 6),
+        (b'{"log": "LOG", "bytes": 7}', 0),  # no line ends there
+        (b'{"log": "LOG", "bytes": 600}', 0),
+        (b'{"log": "LOG", "bytes": -6}', 0),
+        (b'{"log": "LOG", "bytes": "6"}', 0),
+        (b'{"log": "other.jsonl", "bytes": 6}', 0),
+        (b'{"log": 3, "bytes": 6}', 0),
+        (b"[]", 0),
+        (b"\xff", 0),
+        (b"", 0),
+    ],
 )
-def test_a_damaged_note_drops_nothing(train, content) -> None:
-    killed_before_its_first_save(train)
-    before = LOG.read_text()
-    MARK.write_bytes(content.replace(b"LOG", str(LOG).encode()))
-    assert train("run") == 0
-    assert LOG.read_text().startswith(before)
-
-
-def test_the_note_of_another_log_drops_nothing(train) -> None:
-    killed_before_its_first_save(train)
-    before = LOG.read_text()
-    assert train("run", "--log_file", "other.jsonl") == 0
-    assert LOG.read_text() == before
-    assert json.loads(Path("other.jsonl").read_text().splitlines()[0])["event"] == "training_start"
+def test_only_a_note_of_this_log_drops_anything(tmp_path, note, dropped) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"first\nother\n")
+    mark = tmp_path / ".run.start"
+    mark.write_bytes(note.replace(b"LOG", str(path).encode()))
+    log = EventLog(path)
+    start = FirstStart(tmp_path / "run", log)
+    assert start.begin() == dropped
+    log.close()
+    assert path.stat().st_size == 12 - dropped
+    assert json.loads(mark.read_text()) == {"log": str(path), "bytes": 12 - dropped}
+    start.end()
+    assert not mark.exists()
