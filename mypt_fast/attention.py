@@ -1,6 +1,7 @@
 """Causal attention inside documents: packed rows whose documents do not see each other.
 
-Shapes: B batch, T time, H heads, D head size. Nothing here is ever (.., T, T) for a row.
+Shapes: B batch, T time, H heads, D head size. Nothing here is (.., T, T) for a row
+unless a caller says so (`Segments.allowed`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ class Segments:
         cu_seqlens: (n + 1,) int32 on the batch's device: where segments begin, and B*T.
         positions: (B, T) int64 on that device, from 0 in each segment.
         lengths: of the segments, on the host.
+        allowed: (B, 1, T, T) bool, of a batch whose equal segments are not all in one piece; None
+            otherwise. The only way to say that one stretch sees another.
     """
 
     cu_seqlens: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    allowed: Tensor | None = None
 
     @classmethod
     def from_ids(cls, segment_ids: Tensor) -> Segments:
@@ -72,6 +76,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float
     Returns:
         (B, H, T, D), a transposed view of (B, T, H, D).
     """
+    if segments.allowed is not None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=segments.allowed, dropout_p=dropout_p
+        )
     if has_flash(q, dropout_p):
         return _flash(q, k, v, segments.cu_seqlens)
     return _per_segment(q, k, v, segments, dropout_p)
