@@ -93,6 +93,7 @@ class CheckpointManager:
         data_state, state, step = dataset_tokenizer_state, None, 0
         if self.exists():
             model, theirs, saved_step, state = self._resumed(config)
+            model.train()
             check_tokenizers(theirs, data_state, self.checkpoint_dir)
             step = saved_step or 0
             console.say(f"Resuming {self.checkpoint_dir} from step {step}")
@@ -113,7 +114,7 @@ class CheckpointManager:
     ) -> GPT:
         """The other model's weights and architecture; everything else from the new config."""
         places = dict.fromkeys((os.path.join(ROOT, name), os.path.join(self.base_dir, name), name))
-        for place in places:
+        for place in (os.path.normpath(place) for place in places):
             source = CheckpointManager(os.path.basename(place), os.path.dirname(place))
             if source.exists_new_format():
                 loaded = GPT.load(place, map_location="cpu")
@@ -207,7 +208,7 @@ def adopted(source: GPT, config: GPTConfig) -> GPT:
             setattr(merged, key, getattr(source.config, key))
     weights = source.state_dict()
     if POSITIONS in weights:
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         weights[POSITIONS] = fitted_positions(weights[POSITIONS], merged.block_size, seed)
     source.tokenizer.config = merged
     model = files.blank(GPT, merged, source.tokenizer)
@@ -293,7 +294,8 @@ def get_model_info(model_name: str, base_dir: str | os.PathLike[str] = ROOT) -> 
     here = CheckpointManager(model_name, base_dir)
     if here.exists_new_format():
         info = read_info(Path(here.checkpoint_dir))
-        kept = {k: info[k] for k in ("config", "tokenizer", "training_state") if k in info}
+        members = ("config", "tokenizer", "training_state")
+        kept: dict[str, Any] = {k: info[k] for k in members if k in info}
         return {**kept, "format": "json"}
     for name in (LATEST, FINAL):
         if here.exists_legacy_format(name):

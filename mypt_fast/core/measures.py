@@ -29,7 +29,7 @@ def parts(batch: Any, device: torch.device) -> Batch:
         raise SettingError("get_batch returns (x, y[, mask[, segment_ids]])", f"found {found}")
     x, y, mask, segments = (*batch, None, None)[:4]
     placed = (t if t is None else t.to(device) for t in (mask, segments))
-    return x.to(device), y.to(device), *placed  # type: ignore[return-value]
+    return x.to(device), y.to(device), *placed
 
 
 def mean_loss(model: GPT, batch: Batch) -> Tensor:

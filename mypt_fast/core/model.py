@@ -5,6 +5,7 @@ Shapes: B batch, T time, C n_embd, H heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mypt_fast import console, kernels
-from mypt_fast import generate as writing
 from mypt_fast import model as engine
 from mypt_fast.attention import Segments
 from mypt_fast.config import ModelConfig, TrainConfig
-from mypt_fast.core import files, measures
+from mypt_fast.core import files, measures, writing
 from mypt_fast.core.config import GPTConfig
-from mypt_fast.core.errors import ContextError, TokenizerError
+from mypt_fast.core.errors import ContextError
 from mypt_fast.core.layers import (
     Block,
     CausalSelfAttention,
@@ -36,7 +36,6 @@ from mypt_fast.core.layers import (
 from mypt_fast.core.tokenizer import Tokenizer
 from mypt_fast.kernels import rope_tables
 from mypt_fast.model import KVCache, Pair
-from mypt_fast.training.evaluate import evaluating
 from mypt_fast.training.optim import adamw
 
 __all__ = [
@@ -90,7 +89,7 @@ class GPT(engine.GPT):
         check_heads(config)
         if tokenizer is None:
             tokenizer = Tokenizer(config, token_kind or "gpt2")
-        super().__init__(config, seed=int(torch.randint(2**63 - 1, ())))
+        super().__init__(config, seed=int(torch.randint(2**63 - 1, (), device="cpu")))
         self.tokenizer = tokenizer
         if config.tie_weights:
             console.say("Weight tying: lm_head.weight is token_embedding_table.weight")
@@ -101,7 +100,7 @@ class GPT(engine.GPT):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GPT:
         """What .to() and .half() do; rotary tables stay fp32: rounded, they misplace tokens."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self._use_rope and self.rope_cos.dtype is not torch.float32:
             self.build_rope(self.rope_cos.device)
         return self
@@ -275,9 +274,10 @@ class GPT(engine.GPT):
     ) -> dict[str, Tensor]:
         """Train (MyPT specification 4.5); returns the final losses of both splits."""
         given = {k: v for k, v in locals().items() if k not in ("self", "data_loader", "optimizer")}
-        from mypt_fast.core.fit import fit
-
-        return fit(self, data_loader, optimizer, **given)
+        trained: dict[str, Tensor] = importlib.import_module("mypt_fast.core.fit").fit(
+            self, data_loader, optimizer, **given
+        )
+        return trained
 
     def estimate_loss(
         self, data_loader: Any, eval_iters: int, splits: Sequence[str] = ("train", "val")
@@ -328,60 +328,18 @@ class GPT(engine.GPT):
             The text of the prompt (its last block_size tokens) and of what follows, stop token
             included.
         """
-        stops = set(stop_tokens or ())
-        if use_default_stop_tokens:
-            stops |= self._stop_ids()
-        sampling = writing.Sampling(
-            max(temperature or 0.0, 0.0), top_k or 0, 1.0 if top_p is None else top_p,
-            repetition_penalty or 1.0, recent_penalty_window or 0,
+        return writing.sampled(
+            self, prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
+            stop_tokens, recent_penalty_window, use_default_stop_tokens,
         )  # fmt: skip
-        with evaluating(self):
-            text = writing.Generation(
-                self, self._prompt_ids(prompt), sampling, max_new_tokens, stops, None,
-                writing.REPEAT_WINDOW, global_generator=True,
-            )  # fmt: skip
-            for _ in text:
-                pass
-        return self.decode(text.ids)
 
     def generate_simple(self, prompt: str, max_new_tokens: int) -> str:
         """Continue a prompt with unfiltered samples, reading the window anew for every token."""
-        return self._write(
-            prompt, max_new_tokens, lambda x: int(torch.multinomial(x.softmax(-1), 1))
-        )
+        return writing.unfiltered(self, prompt, max_new_tokens)
 
     def generate_nocache_greedy(self, prompt: str, max_new_tokens: int) -> str:
         """Continue a prompt with the likeliest tokens, reading the window anew for every one."""
-        return self._write(prompt, max_new_tokens, lambda x: int(x.argmax()), self._stop_ids())
-
-    @torch.no_grad()
-    def _write(
-        self, prompt: str, n: int, choose: Callable[[Tensor], int], stops: Iterable[int] = ()
-    ) -> str:
-        ids = self._prompt_ids(prompt)
-        with evaluating(self):
-            for _ in range(n):
-                window = ids[-self.config.block_size :]
-                x = self.hidden(torch.tensor([window], device=self.lm_head.weight.device))
-                ids.append(choose(self.lm_head(x[0, -1]).float()))
-                if ids[-1] in stops:
-                    break
-        return self.decode(ids)
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = (self.encode(prompt) or [0])[-self.config.block_size :]
-        if max(ids) >= self.config.vocab_size:
-            raise TokenizerError(
-                "the tokenizer is not this model's",
-                f"it made id {max(ids)}, the model has {self.config.vocab_size}",
-            )
-        return ids
-
-    def _stop_ids(self) -> set[int]:
-        names = ("myPT_assistant_close", "myPT_eot")
-        return {
-            self.tokenizer.special_tokens[n] for n in names if n in self.tokenizer.special_tokens
-        }
+        return writing.greedy(self, prompt, max_new_tokens)
 
     def save(self, checkpoint_dir: str | os.PathLike[str], save_dtype: str | None = None) -> None:
         """Write model.pt alone: the state_dict itself, or with a dtype wrapped and cast to it."""
@@ -454,25 +412,7 @@ class GPT(engine.GPT):
 
     def compile_for_inference(self, mode: str = "default") -> GPT:
         """Let torch.compile run `forward`; where its compiler fails, the backend aot_eager does."""
-        plain = self.forward
-        running: list[Callable[..., Any]] = []
-
-        def compiled(*args: Any, **kwargs: Any) -> Any:
-            if running:
-                return running[0](*args, **kwargs)
-            try:
-                first = torch.compile(plain, mode=mode)
-                result = first(*args, **kwargs)
-            except ContextError:
-                raise
-            except Exception as e:  # the compiler's toolchain fails in as many ways as it has parts
-                console.say(f"torch.compile failed ({type(e).__name__}); using aot_eager")
-                first = torch.compile(plain, backend="aot_eager")
-                result = first(*args, **kwargs)
-            running.append(first)
-            return result
-
-        self.forward = compiled  # type: ignore[method-assign]
+        self.forward = writing.compiled(self.forward, mode)  # type: ignore[method-assign]
         return self
 
 

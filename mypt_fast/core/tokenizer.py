@@ -76,7 +76,8 @@ class Tokenizer:
         self.special_tokens = dict(checked.special_ids)
         self.special_token_encoder = dict(checked.special_strings)
         self.special_token_decoder = {i: s for s, i in checked.special_strings.items()}
-        self._state, self._engine = state, None
+        self._state = state
+        self._engine: Engine | None = None
 
     @property
     def chars(self) -> list[str] | None:
@@ -99,7 +100,7 @@ class Tokenizer:
     @property
     def engine(self) -> Engine:
         """The engine's tokenizer; raises TokenizerError (a ValueError) without a vocabulary."""
-        made: Engine | None = self._engine
+        made = self._engine
         if made is None:
             if self.token_kind == "char" and not self.chars:
                 raise TokenizerError(
