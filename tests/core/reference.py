@@ -59,7 +59,9 @@ def projected(state, prefix, x, n_head):
     for part in ("query", "key", "value"):
         heads = [f"{prefix}.heads.{h}.{part}" for h in range(n_head)]
         out.append(
-            torch.stack([F.linear(x, state[f"{h}.weight"], state.get(f"{h}.bias")) for h in heads], 1)
+            torch.stack(
+                [F.linear(x, state[f"{h}.weight"], state.get(f"{h}.bias")) for h in heads], 1
+            )
         )
     return out
 
