@@ -21,7 +21,7 @@ def plainly_sampled(model, ids, n, temperature, k, p, penalty, window=256):
         x = model(torch.tensor([ids]))[0][0, -1].detach() / temperature
         for i in set(ids[-window:]):
             x[i] = x[i] / penalty if x[i] > 0 else x[i] * penalty
-        if k:
+        if 0 < k < len(x):
             x[x < x.sort(descending=True).values[k - 1]] = -torch.inf
         order = x.argsort(descending=True)
         mass, kept = 0.0, []
