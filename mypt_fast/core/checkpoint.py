@@ -154,7 +154,7 @@ class CheckpointManager:
             return GPT.load(here.checkpoint_dir, None, load_dtype, load_optimizer=False)[0]
         for name in (legacy_filename, LATEST, FINAL):
             if name and here.exists_legacy_format(name):
-                saved = files.read_legacy(here.get_path(name))
+                saved = files.read_legacy(here.get_path(name), optimizer=False)
                 return files.revived(GPT, saved, None, load_dtype, False)[0]
         raise NoCheckpointError(
             f"no checkpoint in {here.checkpoint_dir}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +12,9 @@ from mypt_fast import console
 from mypt_fast.config import ModelConfig, field_names, shown
 
 C = TypeVar("C", bound="GPTConfig")
+_NAMES = tuple(field_names(ModelConfig))
+MYPT_FIELDS = _NAMES[: _NAMES.index("epoch_drop_last") + 1]
+OUR_FIELDS = _NAMES[len(MYPT_FIELDS) :]  # what only old weights need: not among MyPT's fields
 STRICT_COMPAT = "MYPT_STRICT_COMPAT"
 _SHOWN = (
     "batch_size", "block_size", "vocab_size", "n_embd", "n_head", "n_layer", "dropout", "bias",
@@ -36,27 +38,32 @@ class GPTConfig(ModelConfig):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        fields = dataclasses.fields(ModelConfig)
-        if len(args) > len(fields):
-            raise TypeError(f"GPTConfig takes at most {len(fields)} values; found {len(args)}")
-        given = {f.name: value for f, value in zip(fields, args, strict=False)}
-        known = {f.name for f in fields}
+        if len(args) > len(MYPT_FIELDS):
+            raise TypeError(f"GPTConfig takes at most {len(MYPT_FIELDS)} values; found {len(args)}")
+        given = dict(zip(MYPT_FIELDS, args, strict=False))
         for name, value in kwargs.items():
-            if name not in known:
+            if name not in _NAMES:
                 raise TypeError(f"GPTConfig() got an unexpected keyword argument {shown(name)}")
             if name in given:
                 raise TypeError(f"GPTConfig() got multiple values for argument {shown(name)}")
             given[name] = value
-        for f in fields:
-            setattr(self, f.name, given.get(f.name, f.default))
+        for name in MYPT_FIELDS:
+            setattr(self, name, given.get(name, getattr(ModelConfig, name)))
+        for name in OUR_FIELDS:
+            if given.get(name, getattr(ModelConfig, name)) != getattr(ModelConfig, name):
+                setattr(self, name, given[name])
         if self.device is None:
             self.device = default_device()
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """Build from a dict; keys that are no fields are dropped."""
-        known = set(field_names(ModelConfig))
-        return cls(**{k: v for k, v in values.items() if k in known})
+        return cls(**{k: v for k, v in values.items() if k in _NAMES})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return MyPT's fields in its order; behind them ours, only where one is set."""
+        shown_too = [name for name in OUR_FIELDS if name in self.__dict__]
+        return {name: getattr(self, name) for name in (*MYPT_FIELDS, *shown_too)}
 
     @classmethod
     def load_json(cls: type[C], path: str | os.PathLike[str]) -> C:
@@ -74,6 +81,10 @@ class GPTConfig(ModelConfig):
 
     def __str__(self) -> str:
         return ", ".join(f"{name}:{getattr(self, name)}" for name in _SHOWN)
+
+
+for _name in OUR_FIELDS:  # dataclasses.fields() and asdict() give what MyPT's GPTConfig(**d) takes
+    del GPTConfig.__dataclass_fields__[_name]
 
 
 def default_device() -> str:

@@ -101,12 +101,19 @@ def save_bundle(
         config=model.config.to_dict(),
         state_dict=model.state_dict(),
         training_state=state,
-        tokenizer=None if model.tokenizer is None else model.tokenizer.get_state(),
+        tokenizer=state_of(model.tokenizer),
         optimizer=None if optimizer_state is None else _on_cpu(optimizer_state),
         gold_state=_json(gold) if gold.is_file() else None,
         original_config=_original(path, training_config),
         save_dtype=name,
     )
+
+
+def state_of(tokenizer: Any) -> dict[str, Any] | None:
+    """What tokenizer.json holds; None for no tokenizer, and for a script's own without a state."""
+    get_state = getattr(tokenizer, "get_state", None)
+    state: dict[str, Any] | None = None if get_state is None else get_state()
+    return state
 
 
 def _original(path: Path, training_config: dict[str, Any] | None) -> bytes | None:
@@ -143,7 +150,7 @@ def read_bundle(directory: Path_, optimizer: bool) -> Bundle:
         raise NoCheckpointError(f"{path / absent[0]} is missing", e.found, cure) from e
 
 
-def read_legacy(path: Path_) -> Bundle:
+def read_legacy(path: Path_, optimizer: bool = True) -> Bundle:
     """Read a single-file checkpoint of any era, its weights in today's layout.
 
     Raises:
@@ -153,7 +160,7 @@ def read_legacy(path: Path_) -> Bundle:
     file = Path(path)
     if not file.is_file():
         raise NoCheckpointError(f"{file} is missing", cure="check the name")
-    found: Bundle = legacy("a single-file checkpoint").read(file)
+    found: Bundle = legacy("a single-file checkpoint").read(file, optimizer=optimizer)
     return found
 
 

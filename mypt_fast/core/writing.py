@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from mypt_fast import console
 from mypt_fast.core.errors import ContextError, TokenizerError
 from mypt_fast.generate import REPEAT_WINDOW, Generation, Sampling
+from mypt_fast.model import KVCache
 from mypt_fast.training.evaluate import evaluating
 
 if TYPE_CHECKING:
@@ -44,9 +46,25 @@ def sampled(
             model, prompt_ids(model, prompt), sampling, max_new_tokens, stops, None,
             REPEAT_WINDOW, global_generator=True,
         )  # fmt: skip
+        if os.environ.get("DEBUG_KV_CACHE") == "1":
+            compare_cache(model, text.ids)
         for _ in text:
             pass
     return model.decode(text.ids)
+
+
+@torch.no_grad()
+def compare_cache(model: GPT, ids: list[int]) -> None:
+    """Print how far the logits of a text with a cache are from those without."""
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    cache = KVCache(model.config, 1, model.lm_head.weight)
+    parts = [model.hidden(one, cache=cache) for one in idx.split(1, dim=1)]
+    cached, plain = (model.lm_head(x)[0].float() for x in (torch.cat(parts, 1), model.hidden(idx)))
+    same = int((cached.argmax(-1) == plain.argmax(-1)).sum())
+    console.say(
+        f"DEBUG_KV_CACHE: largest difference {float((cached - plain).abs().max()):.2e}; "
+        f"the likeliest token is the same at {same} of {len(ids)} positions"
+    )
 
 
 def unfiltered(model: GPT, prompt: str, n: int) -> str:
@@ -91,8 +109,8 @@ def prompt_ids(model: GPT, prompt: str) -> list[int]:
 
 def stop_ids(model: GPT) -> set[int]:
     """Where an answer ends: the assistant's close and the end of a turn, where there are any."""
-    known = model.tokenizer.special_tokens
-    return {known[name] for name in STOPS if name in known}
+    known = getattr(model.tokenizer, "special_tokens", None)  # a script's own may have none
+    return {known[name] for name in STOPS if name in known} if isinstance(known, dict) else set()
 
 
 def compiled(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:

@@ -1,11 +1,14 @@
 """core.GPTConfig against specification 1.2."""
 
+import copy
+import dataclasses
 import json
+import pickle
 
 import pytest
 
 from mypt_fast.config import ModelConfig
-from mypt_fast.core.config import GPTConfig
+from mypt_fast.core.config import OUR_FIELDS, GPTConfig
 
 DEFAULTS = {
     "batch_size": 32, "block_size": 256, "vocab_size": 50304, "n_embd": 384, "n_head": 6,
@@ -42,6 +45,19 @@ def test_fields_by_position_and_by_name():
     assert GPTConfig(*DEFAULTS.values()).to_dict() == DEFAULTS
     assert config == GPTConfig(4, 16, 99, device="cpu") != GPTConfig(5, 16, 99, device="cpu")
     assert isinstance(config, ModelConfig)  # the engine takes it as it is
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_python_sees_are_the_26_fields():
+    config = GPTConfig()
+    assert dataclasses.asdict(config) == vars(config) == DEFAULTS
+    assert [f.name for f in dataclasses.fields(GPTConfig)] == list(DEFAULTS)
+    assert dataclasses.replace(config, n_layer=2).n_layer == 2
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+    for name in OUR_FIELDS:  # what old weights need is kept, and shown only where it is set
+        made = GPTConfig(**{name: True})
+        assert GPTConfig.from_dict(made.to_dict()).to_dict() == {**DEFAULTS, name: True}
+        assert getattr(made, name) is True
 
 
 @pytest.mark.parametrize(

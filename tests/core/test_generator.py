@@ -150,6 +150,30 @@ def test_generating_leaves_the_mode_and_takes_no_dropout():
     assert model.generate("abc", 5, 0) == first == model.generate_nocache_greedy("abc", 5)
 
 
+def test_the_cache_can_be_compared(monkeypatch, capsys):
+    monkeypatch.setenv("DEBUG_KV_CACHE", "1")
+    model = random_model(**OPTIONS["D"])
+    model.generate("abcdef", 1, 0)
+    line = capsys.readouterr().out
+    assert "DEBUG_KV_CACHE: largest difference" in line
+    assert "same at 6 of 6 positions" in line
+
+
+def test_a_scripts_own_tokenizer_needs_only_encode_and_decode(tmp_path):
+    class Own:
+        def encode(self, text):
+            return [ord(c) - 97 for c in text]
+
+        def decode(self, ids):
+            return "".join(chr(i + 97) for i in ids)
+
+    model = random_model()
+    model.tokenizer = Own()
+    assert model.generate("abc", 3, 0) == model.generate_nocache_greedy("abc", 3)
+    model.save_checkpoint_bundle(tmp_path / "m", 1)
+    assert not (tmp_path / "m/tokenizer.json").exists()
+
+
 def test_a_tokenizer_of_another_model():
     model = random_model()
     model.tokenizer = Tokenizer(GPTConfig(device="cpu"))
