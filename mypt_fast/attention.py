@@ -37,10 +37,10 @@ class Segments:
 
     @classmethod
     def from_ids(cls, segment_ids: Tensor) -> Segments:
-        """Segments where the ids of a row change.
+        """Segments where the ids of a row change; an id that comes again sees itself (`allowed`).
 
         Args:
-            segment_ids: (B, T). A run of equal ids is one segment.
+            segment_ids: (B, T). A run of equal ids is one segment, with positions of its own.
         """
         B, T = segment_ids.shape
         change = torch.ones_like(segment_ids, dtype=torch.bool)
@@ -48,7 +48,12 @@ class Segments:
         starts = change.flatten().nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=B * T)
         lengths = tuple(cu_seqlens.diff().tolist())
-        return cls(cu_seqlens.int(), segment_positions(segment_ids), lengths)
+        ordered = segment_ids.sort(1).values
+        different = int((ordered[:, 1:] != ordered[:, :-1]).sum()) + B
+        allowed = None
+        if different < len(lengths):  # never so in data that is packed in order
+            allowed = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
+        return cls(cu_seqlens.int(), segment_positions(segment_ids), lengths, allowed)
 
 
 def segment_positions(segment_ids: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def place_of(
     elif past_kv is not None or use_cache:
         place.cache = GrowingCache(None if past_kv is None else [past_kv])
     elif segment_ids is not None:
-        place.segments = segments_of(segment_ids)
+        place.segments = Segments.from_ids(segment_ids)
         if config.segment_position_reset:
             place.positions = place.segments.positions
     if config.pos_encoding == "rope":
@@ -231,20 +231,6 @@ def present_of(place: Place, use_cache: bool, kv_cache: Pair | None) -> Pair | N
     if not use_cache or place.cache is None:
         return None
     return kv_cache if kv_cache is not None else place.cache.layers[0]
-
-
-def segments_of(segment_ids: Tensor) -> Segments:
-    """The stretches of (B, T) ids; where an id comes again later in its row, they see each other.
-
-    MyPT compares ids, and the engine knows stretches: only such a batch needs a dense mask.
-    """
-    segments = Segments.from_ids(segment_ids)
-    ordered = segment_ids.sort(1).values
-    different = int((ordered[:, 1:] != ordered[:, :-1]).sum()) + len(ordered)
-    if different != len(segments.lengths):
-        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        segments.allowed = same.tril()
-    return segments
 
 
 def check_heads(config: ModelConfig) -> None:

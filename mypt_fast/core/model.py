@@ -31,7 +31,6 @@ from mypt_fast.core.layers import (
     cache_over,
     check_heads,
     precompute_rope_frequencies,
-    segments_of,
 )
 from mypt_fast.core.tokenizer import Tokenizer
 from mypt_fast.kernels import rope_tables
@@ -173,7 +172,7 @@ class GPT(engine.GPT):
         if not self._told_segments:
             self._told_segments = True
             console.say("Packed batch: attention stays within each segment")
-        return segments_of(segment_ids)
+        return Segments.from_ids(segment_ids)
 
     def _loss(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         """The mean loss of logits that exist, in fp32 whatever their dtype."""

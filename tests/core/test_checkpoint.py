@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from core_models import LETTERS, LLAMA, OPTIONS, SIZES, char_model
-from test_model import random_model
+from test_core_model import random_model
 
 from mypt_fast.checkpoint import bundle
 from mypt_fast.core import checkpoint as core

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from core_models import LETTERS, LLAMA, OPTIONS, char_model
-from test_model import random_model
+from test_core_model import random_model
 
 from mypt_fast.core import writing
 from mypt_fast.core.config import GPTConfig

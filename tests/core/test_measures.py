@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from core_models import char_model
-from test_model import batch, random_model
+from test_core_model import batch, random_model
 
 from mypt_fast.core.model import GPT
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from core_models import IDX, MASK, OPTIONS, SEGMENTS, TARGETS, filled
 
-from mypt_fast.core.layers import segments_of
+from mypt_fast.attention import Segments
 from mypt_fast.core.model import GPT, GPTConfig, apply_rotary_emb, precompute_rope_frequencies
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,7 +76,7 @@ def test_rotation_of_heads_at_positions_of_their_own():
 
 def test_segment_positions_of_2_3():
     ids = torch.tensor([[1, 1, 1, 2, 2, 3, 0, 0]])
-    assert segments_of(ids).positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    assert Segments.from_ids(ids).positions.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(

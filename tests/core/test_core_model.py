@@ -10,7 +10,8 @@ from core_models import IDX, LETTERS, LLAMA, MASK, OPTIONS, SEGMENTS, SIZES, TAR
 from torch import nn
 
 from mypt_fast import model as engine
-from mypt_fast.core import checkpoint, layers
+from mypt_fast.attention import Segments
+from mypt_fast.core import checkpoint
 from mypt_fast.core.config import GPTConfig
 from mypt_fast.core.model import GPT, Block, CausalSelfAttention, FeedForward, RMSNorm
 from mypt_fast.core.model import SwiGLUFeedForward as Gated
@@ -83,8 +84,10 @@ def test_segment_ids_that_come_again_see_each_other_as_in_mypt():
     state = dict(model.state_dict())
     expected = reference.logits(state, reference.default_config(), IDX, ids)
     torch.testing.assert_close(model(IDX, segment_ids=ids)[0], expected, atol=1e-5, rtol=1e-5)
-    assert layers.segments_of(SEGMENTS).allowed is None  # an ordinary batch has no dense mask
-    assert layers.segments_of(torch.tensor([[1, 1, 2], [2, 1, 1]])).allowed is None
+    loss = model.as_engine()(idx=IDX, targets=TARGETS, segment_ids=ids)  # as `fit` trains
+    torch.testing.assert_close(loss / 8, reference.loss(expected, TARGETS), atol=1e-5, rtol=1e-5)
+    assert Segments.from_ids(SEGMENTS).allowed is None  # an ordinary batch has no dense mask
+    assert Segments.from_ids(torch.tensor([[1, 1, 2], [2, 1, 1]])).allowed is None
 
 
 def test_an_all_zero_mask_gives_exactly_zero_with_a_graph():
