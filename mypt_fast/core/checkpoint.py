@@ -257,6 +257,13 @@ def check_tokenizers(theirs: Any, data_state: dict[str, Any] | None, where: str)
                 f"{key}: expected {shown(ours)}, found {shown(other)}",
                 "prepare it with the model's tokenizer.json",
             )
+    old, new = (s.get("special_tokens_by_name") or {} for s in (theirs, data_state))
+    moved = [name for name in old if new.get(name, old[name]) != old[name]]
+    if moved:
+        console.notice(
+            f"{where}: {len(moved)} special tokens have other ids in the dataset, {moved[0]} "
+            f"{new[moved[0]]} for {old[moved[0]]}: what the model learnt of them is lost"
+        )
 
 
 def create_model(

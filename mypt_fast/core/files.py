@@ -187,7 +187,7 @@ def revived(
     tokenizer = _tokenizer(config, saved.tokenizer, where)
     model = blank(cls, config, tokenizer)
     load_weights(model, saved.state_dict, where)
-    model.to(device, wanted or _resting_dtype(saved, device, to_train))
+    model.to(device, wanted or resting_dtype(saved, device, to_train))
     return model.eval(), saved.tokenizer, saved.training_state.get("step"), saved.optimizer
 
 
@@ -204,7 +204,11 @@ def _checked_config(saved: Bundle, where: str) -> GPTConfig:
 
 def _device(config: GPTConfig) -> torch.device:
     """The config's device; the CPU, and a word of it, where a GPU was saved and none is here."""
-    device = torch.device(config.device or "cpu")
+    try:
+        device = torch.device(config.device or "cpu")
+    except RuntimeError as e:
+        cure = "edit config.json, or give map_location"
+        raise SettingError(f"unknown device {shown(config.device)}", cure=cure) from e
     if device.type == "cuda" and not torch.cuda.is_available():
         console.notice(f"device {device} is stored with the model; no GPU here, using the CPU")
         device, config.device = torch.device("cpu"), "cpu"
@@ -261,7 +265,7 @@ def _unfit(where: str, key: str, expected: object, found: object) -> UnfitWeight
     )
 
 
-def _resting_dtype(saved: Bundle, device: torch.device, to_train: bool) -> torch.dtype:
+def resting_dtype(saved: Bundle, device: torch.device, to_train: bool) -> torch.dtype:
     """What weights are kept in: those to train on exact, a bf16 checkpoint's small on a GPU."""
     rounded = saved.training_state.get("checkpoint_dtype") in ("bf16", "bfloat16")
     if device.type != "cuda" or not rounded or (to_train and not strict_compat()):

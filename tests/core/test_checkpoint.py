@@ -224,6 +224,48 @@ def test_load_dtype_is_what_it_says(name, save_dtype):
     assert load_model("m", load_dtype=name).lm_head.weight.dtype is expected
 
 
+@pytest.mark.parametrize(
+    ("stored", "capability", "to_train", "expected"),
+    [
+        ("bf16", (8, 0), False, torch.bfloat16),
+        ("bf16", (7, 5), False, torch.float16),
+        ("bf16", (9, 0), True, torch.float32),  # bf16 weights do not move
+        ("fp16", (9, 0), False, torch.float32),
+        (None, (9, 0), False, torch.float32),
+    ],
+)
+def test_what_weights_are_kept_in_on_a_gpu(monkeypatch, stored, capability, to_train, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    saved = bundle.Bundle("m", {}, {}, training_state={"checkpoint_dtype": stored})
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert files.resting_dtype(saved, gpu, to_train) is expected
+    assert files.resting_dtype(saved, cpu, to_train) is torch.float32
+    monkeypatch.setenv("MYPT_STRICT_COMPAT", "1")
+    strict = expected if stored != "bf16" or not to_train else torch.bfloat16
+    assert files.resting_dtype(saved, gpu, to_train) is strict
+
+
+def test_a_device_that_is_none(here):
+    saved()
+    path = here / "checkpoints/m/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "gpu"}))
+    with pytest.raises(ValueError, match=r"unknown device 'gpu'; edit config\.json"):
+        GPT.load("checkpoints/m")
+    assert GPT.load("checkpoints/m", map_location="cpu")[0].config.device == "cpu"
+
+
+def test_a_dataset_whose_special_tokens_moved_is_told(here, capsys):
+    new = core.Tokenizer(GPTConfig(device="cpu")).get_state()
+    ids = {"myPT_user_open": 50257, "myPT_system_open": 50258}
+    old = {**new, "special_tokens_by_name": ids}
+    core.check_tokenizers(old, new, "m")
+    line = capsys.readouterr().err
+    assert "m: 2 special tokens have other ids in the dataset, myPT_user_open 50259 for" in line
+    core.check_tokenizers(new, new, "m")
+    core.check_tokenizers(new, {"token_kind": "gpt2"}, "m")
+    assert capsys.readouterr().err == ""
+
+
 def test_an_unknown_dtype_is_a_value_error():
     model, _ = saved()
     with pytest.raises(ValueError, match="unknown dtype 'int8'; use fp32"):
