@@ -1,4 +1,4 @@
-"""Causal attention inside documents: packed rows whose documents do not see each other.
+"""What attention sees: documents packed in rows, which do not see each other, and cached tokens.
 
 Shapes: B batch, T time, H heads, D head size. Nothing here is (.., T, T) for a row
 unless a caller says so (`Segments.allowed`).
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mypt_fast.config import ModelConfig
 
 FLASH_ARCH = (8, 0)  # the oldest that variable-length flash attention is built for
 FLASH_MAX_HEAD = 192  # above, the backward needs more shared memory than small cards have
@@ -54,6 +56,30 @@ class Segments:
         if different < len(lengths):  # never so in data that is packed in order
             allowed = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
         return cls(cu_seqlens.int(), segment_positions(segment_ids), lengths, allowed)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated for `length` positions."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, like: Tensor) -> None:
+        shape = (batch, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(cfg.n_layer)]
+        self.length = 0
+
+    @classmethod
+    def over(cls, layers: list[tuple[Tensor, Tensor]], length: int) -> KVCache:
+        """A cache in the caller's own tensors, (B, H, positions, D), `length` of them filled."""
+        cache = cls.__new__(cls)
+        cache.layers, cache.length = layers, length
+        return cache
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v: (B, H, T, D) behind the cached ones and return all of them."""
+        end = self.length + k.shape[2]
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 def segment_positions(segment_ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mypt_fast import kernels
 from mypt_fast.accounting import swiglu_hidden
-from mypt_fast.attention import Segments, attend
+from mypt_fast.attention import KVCache, Segments, attend
 from mypt_fast.config import ModelConfig
 from mypt_fast.kernels import rope_tables
 
@@ -73,30 +73,6 @@ class RMSNorm(nn.Module):
         return kernels.add_rms_norm(
             branch, x, self.weight, eps=self.eps, dropout_p=p, seed=seed, impl=self.impl
         )
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for `length` positions."""
-
-    def __init__(self, cfg: ModelConfig, batch: int, like: Tensor) -> None:
-        shape = (batch, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(cfg.n_layer)]
-        self.length = 0
-
-    @classmethod
-    def over(cls, layers: list[Pair], length: int) -> "KVCache":
-        """A cache in the caller's own tensors, (B, H, positions, D), `length` of them filled."""
-        cache = cls.__new__(cls)
-        cache.layers, cache.length = layers, length
-        return cache
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v: (B, H, T, D) behind the cached ones and return all of them."""
-        end = self.length + k.shape[2]
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
 
 
 class CausalSelfAttention(nn.Module):

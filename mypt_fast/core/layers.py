@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mypt_fast import model as engine
-from mypt_fast.attention import Segments
+from mypt_fast.attention import KVCache, Segments
 from mypt_fast.config import ModelConfig
 from mypt_fast.core.errors import ContextError, SettingError
 from mypt_fast.kernels import rope_tables
 from mypt_fast.kernels.reference.rope import turn
-from mypt_fast.model import KVCache, Pair, Place
+from mypt_fast.model import Pair, Place
 
 RMSNorm = engine.RMSNorm
 SEEDS = (None, None)

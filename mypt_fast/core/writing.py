@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mypt_fast import console
+from mypt_fast.attention import KVCache
 from mypt_fast.core.errors import ContextError, TokenizerError
 from mypt_fast.generate import REPEAT_WINDOW, Generation, Sampling
-from mypt_fast.model import KVCache
 from mypt_fast.training.evaluate import evaluating
 
 if TYPE_CHECKING:
