@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mypt_fast.attention import KVCache
 from mypt_fast.checkpoint import bundle
 from mypt_fast.config import ModelConfig, build, field_names
 from mypt_fast.errors import CheckpointError, ConfigError, IntegrityError
-from mypt_fast.model import GPT
+from mypt_fast.model import GPT, KVCache
 from mypt_fast.tokenizer import Tokenizer
 
 REPEAT_WINDOW = 32
