@@ -1,6 +1,7 @@
-"""Causal attention inside documents: packed rows whose documents do not see each other.
+"""What attention sees: documents packed in rows, which do not see each other, and cached tokens.
 
-Shapes: B batch, T time, H heads, D head size. Nothing here is ever (.., T, T) for a row.
+Shapes: B batch, T time, H heads, D head size. Nothing here is (.., T, T) for a row
+unless a caller says so (`Segments.allowed`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mypt_fast.config import ModelConfig
 
 FLASH_ARCH = (8, 0)  # the oldest that variable-length flash attention is built for
 FLASH_MAX_HEAD = 192  # above, the backward needs more shared memory than small cards have
@@ -25,18 +28,21 @@ class Segments:
         cu_seqlens: (n + 1,) int32 on the batch's device: where segments begin, and B*T.
         positions: (B, T) int64 on that device, from 0 in each segment.
         lengths: of the segments, on the host.
+        allowed: (B, 1, T, T) bool, of a batch whose equal segments are not all in one piece; None
+            otherwise. The only way to say that one stretch sees another.
     """
 
     cu_seqlens: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    allowed: Tensor | None = None
 
     @classmethod
     def from_ids(cls, segment_ids: Tensor) -> Segments:
-        """Segments where the ids of a row change.
+        """Segments where the ids of a row change; an id that comes again sees itself (`allowed`).
 
         Args:
-            segment_ids: (B, T). A run of equal ids is one segment.
+            segment_ids: (B, T). A run of equal ids is one segment, with positions of its own.
         """
         B, T = segment_ids.shape
         change = torch.ones_like(segment_ids, dtype=torch.bool)
@@ -44,7 +50,36 @@ class Segments:
         starts = change.flatten().nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=B * T)
         lengths = tuple(cu_seqlens.diff().tolist())
-        return cls(cu_seqlens.int(), segment_positions(segment_ids), lengths)
+        ordered = segment_ids.sort(1).values
+        different = int((ordered[:, 1:] != ordered[:, :-1]).sum()) + B
+        allowed = None
+        if different < len(lengths):  # never so in data that is packed in order
+            allowed = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
+        return cls(cu_seqlens.int(), segment_positions(segment_ids), lengths, allowed)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated for `length` positions."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, like: Tensor) -> None:
+        shape = (batch, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(cfg.n_layer)]
+        self.length = 0
+
+    @classmethod
+    def over(cls, layers: list[tuple[Tensor, Tensor]], length: int) -> KVCache:
+        """A cache in the caller's own tensors, (B, H, positions, D), `length` of them filled."""
+        cache = cls.__new__(cls)
+        cache.layers, cache.length = layers, length
+        return cache
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v: (B, H, T, D) behind the cached ones and return all of them."""
+        end = self.length + k.shape[2]
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
 
 def segment_positions(segment_ids: Tensor) -> Tensor:
@@ -72,6 +107,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float
     Returns:
         (B, H, T, D), a transposed view of (B, T, H, D).
     """
+    if segments.allowed is not None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=segments.allowed, dropout_p=dropout_p
+        )
     if has_flash(q, dropout_p):
         return _flash(q, k, v, segments.cu_seqlens)
     return _per_segment(q, k, v, segments, dropout_p)

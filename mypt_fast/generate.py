@@ -160,8 +160,10 @@ class Sampling:
                 found = f"found {getattr(self, name)}"
                 raise ConfigError(f"{name} is out of range", found, f"use {allowed}")
 
-    def choose(self, logits: Tensor, recent: Sequence[int], generator: torch.Generator) -> int:
-        """Choose a token id from fp32 logits: (V,).
+    def choose(
+        self, logits: Tensor, recent: Sequence[int], generator: torch.Generator | None
+    ) -> int:
+        """Choose a token id from fp32 logits: (V,); without a generator, by torch's global one.
 
         Something always stays to choose from: top-k keeps its k, top-p the likeliest.
         """
@@ -207,6 +209,7 @@ class Generation(Iterator[int]):
         ids: prompt and new tokens so far.
         n_prompt: how many of them are the prompt.
         stopped: why it ended: "length", "stop_token" or "repetition"; None while it goes on.
+        seed: what drew them; None where torch's global generator does, as MyPT's scripts expect.
     """
 
     def __init__(
@@ -218,15 +221,18 @@ class Generation(Iterator[int]):
         stops: set[int],
         seed: int | None,
         repeat_window: int,
+        global_generator: bool = False,
     ) -> None:
         self.model, self.sampling, self.stops = model, sampling, stops
         self.ids, self.n_prompt = list(ids), len(ids)
         self.stopped: str | None = None
         self._limit = len(ids) + max_new_tokens
         weight = model.lm_head.weight
-        self._generator = torch.Generator(weight.device)
-        self.seed = self._generator.seed() if seed is None else seed
-        self._generator.manual_seed(self.seed)
+        self._generator, self.seed = None, seed
+        if not global_generator:
+            self._generator = torch.Generator(weight.device)
+            self.seed = self._generator.seed() if seed is None else seed
+            self._generator.manual_seed(self.seed)
         self._block = model.config.block_size
         self._cache = KVCache(model.config, 1, weight)
         self._pending = self.ids[-self._block :]

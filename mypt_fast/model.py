@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mypt_fast import kernels
 from mypt_fast.accounting import swiglu_hidden
-from mypt_fast.attention import Segments, attend
+from mypt_fast.attention import KVCache, Segments, attend
 from mypt_fast.config import ModelConfig
 from mypt_fast.kernels import rope_tables
 
@@ -59,35 +59,20 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm, weight only."""
 
-    def __init__(self, width: int, impl: str = "auto") -> None:
+    def __init__(self, width: int, eps: float = 1e-6, impl: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.impl = impl
+        self.eps, self.impl = eps, impl
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C)."""
-        return kernels.rms_norm(x, self.weight, impl=self.impl)
+        return kernels.rms_norm(x, self.weight, eps=self.eps, impl=self.impl)
 
     def join(self, branch: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Pair:
         """Return the norm of h = x + dropout(branch), and h; both (B, T, C)."""
-        return kernels.add_rms_norm(branch, x, self.weight, dropout_p=p, seed=seed, impl=self.impl)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for `length` positions."""
-
-    def __init__(self, cfg: ModelConfig, batch: int, like: Tensor) -> None:
-        shape = (batch, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(cfg.n_layer)]
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v: (B, H, T, D) behind the cached ones and return all of them."""
-        end = self.length + k.shape[2]
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        return kernels.add_rms_norm(
+            branch, x, self.weight, eps=self.eps, dropout_p=p, seed=seed, impl=self.impl
+        )
 
 
 class CausalSelfAttention(nn.Module):
@@ -183,17 +168,25 @@ class Block(nn.Module):
 
     A branch joins the residual stream where the next norm reads it, in one pass: a block takes the
     branch that the one before it left, and leaves its own.
+
+    Attributes:
+        parts: the classes of attention, GELU and SwiGLU feed-forward.
     """
+
+    parts: tuple[type[CausalSelfAttention], type[FeedForward], type[SwiGLUFeedForward]] = (
+        CausalSelfAttention, FeedForward, SwiGLUFeedForward,
+    )  # fmt: skip
 
     def __init__(self, cfg: ModelConfig, impl: str = "auto", mlp_save: str = "all") -> None:
         super().__init__()
         norm = RMSNorm if cfg.norm_type == "rmsnorm" else LayerNorm
-        feed_forward = SwiGLUFeedForward if cfg.mlp_type == "swiglu" else FeedForward
+        attention, gelu, swiglu = self.parts
+        feed_forward = swiglu if cfg.mlp_type == "swiglu" else gelu
         self.use_checkpoint, self.dropout = cfg.use_checkpoint, cfg.dropout
-        self.sa = CausalSelfAttention(cfg, impl)
+        self.sa = attention(cfg, impl)
         self.fwd = feed_forward(cfg, impl, mlp_save)
-        self.ln1 = norm(cfg.n_embd, impl)
-        self.ln2 = norm(cfg.n_embd, impl)
+        self.ln1 = norm(cfg.n_embd, impl=impl)
+        self.ln2 = norm(cfg.n_embd, impl=impl)
 
     def forward(
         self,
@@ -236,6 +229,9 @@ def join(
         return norm(x), x
     if not norm.training:
         p = 0.0
+    if norm._forward_hooks or norm._forward_pre_hooks:  # somebody looks at the norm: call it
+        x = x + F.dropout(branch, p)
+        return norm(x), x
     if seed is None:
         branch, p = F.dropout(branch, p), 0.0
     return norm.join(branch, x, p, seed)
@@ -251,6 +247,8 @@ class GPT(nn.Module):
         mlp_save: what a feed-forward keeps for its backward: "all", "gate_up" or "input".
     """
 
+    block: type[Block] = Block
+
     def __init__(
         self,
         cfg: ModelConfig,
@@ -261,7 +259,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.impl = cfg, kernels
         self.token_embedding_table = Embedding(cfg.vocab_size, cfg.n_embd)
-        if cfg.pos_encoding == "learned":
+        if cfg.pos_encoding != "rope":
             self.position_embedding_table = Embedding(cfg.block_size, cfg.n_embd)
         else:
             tables = rope_tables(
@@ -269,9 +267,9 @@ class GPT(nn.Module):
             )
             self.register_buffer("rope_cos", tables[0], persistent=False)
             self.register_buffer("rope_sin", tables[1], persistent=False)
-        self.blocks = nn.ModuleList(Block(cfg, kernels, mlp_save) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(self.block(cfg, kernels, mlp_save) for _ in range(cfg.n_layer))
         norm = RMSNorm if cfg.norm_type == "rmsnorm" else LayerNorm
-        self.ln_f = norm(cfg.n_embd, kernels)
+        self.ln_f = norm(cfg.n_embd, impl=kernels)
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
         if cfg.tie_weights:
             self.lm_head.weight = self.token_embedding_table.weight
@@ -385,7 +383,7 @@ class GPT(nn.Module):
         place = Place(cache=cache, segments=documents)
         if documents is not None and self.config.segment_position_reset:
             place.positions = documents.positions
-        if self.config.pos_encoding == "learned":
+        if self.config.pos_encoding != "rope":
             return x + self.position_embedding_table.weight[
                 here if place.positions is None else place.positions
             ], place

@@ -36,7 +36,7 @@ def freeze(model: GPT, cfg: TrainConfig) -> None:
     frozen: list[nn.Module] = list(model.blocks[: cfg.freeze_layers])
     if cfg.freeze_embeddings:
         frozen.append(model.token_embedding_table)
-        if model.config.pos_encoding == "learned":
+        if model.config.pos_encoding != "rope":
             frozen.append(model.position_embedding_table)
     for module in frozen:
         module.requires_grad_(False)

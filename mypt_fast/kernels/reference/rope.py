@@ -64,7 +64,7 @@ def rope_backward(
     packed, dweights = [], []
     for grad, x, weight in zip((dq, dk), inputs, (q_weight, k_weight), strict=False):
         # the rotation is orthogonal: its transpose turns back
-        g = _turn(_wide(grad.transpose(1, 2)), cos, -sin)
+        g = turn(_wide(grad.transpose(1, 2)), cos, -sin)
         if x is not None and weight is not None:
             unit, rstd = _unit(_wide(x), eps)
             dweights.append((g * unit).sum((0, 1, 2)))
@@ -102,7 +102,7 @@ def _rotated(
         y = _wide(x)
         if weight is not None:
             y = _unit(y, eps)[0] * _wide(weight)
-        results.append(_turn(y, cos, sin).to(x.dtype).transpose(1, 2))
+        results.append(turn(y, cos, sin).to(x.dtype).transpose(1, 2))
     return results[0], results[1]
 
 
@@ -112,7 +112,7 @@ def _unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x * rstd, rstd
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + D/2) of x: (B, T, heads, D)."""
     # chunk, not two slices: the gradient of a slice is a zero fill and a copy, that of a chunk a
     # part of one cat; addcmul is one pass over memory where a product and a sum are two
