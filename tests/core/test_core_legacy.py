@@ -1,6 +1,5 @@
 """Checkpoints of 2025 through core: single files and bundles with a matrix per head (2.6, 5.2)."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,10 +12,6 @@ from mypt_fast.core.checkpoint import CheckpointManager, get_model_info, load_mo
 from mypt_fast.core.config import GPTConfig
 from mypt_fast.core.model import GPT
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mypt_fast.checkpoint.legacy") is None,
-    reason="older files are read by mypt_fast.checkpoint.legacy, which is not in this tree",
-)
 CONFIG = {
     "batch_size": 4, "block_size": 8, "vocab_size": 13, "n_embd": 8, "n_head": 2, "n_layer": 2,
     "dropout": 0.0, "bias": False, "device": "cpu",
