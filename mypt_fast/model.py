@@ -7,6 +7,7 @@ Attribute names are MyPT's state_dict keys (specification 2.5), so a bundle need
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -332,6 +333,16 @@ class GPT(nn.Module):
             token_weight=None if loss_mask is None else loss_mask.flatten().float(),
             reduction="sum", impl=self.impl,
         )  # fmt: skip
+
+    def loss(self, idx: Tensor, targets: Tensor, **more: Any) -> Tensor:
+        """The summed loss of `GPT.forward`, also where a subclass's forward returns something else.
+
+        Args:
+            idx: (B, T).
+            targets: (B, T).
+            more: further arguments of `forward`.
+        """
+        return GPT.forward(self, idx, targets, **more)
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mypt_fast.config import GoldSelection, Saturation
-from mypt_fast.data.document_loader import Loader
 from mypt_fast.training import saturation
+from mypt_fast.training.borrowed import Borrowed, Source
 from mypt_fast.training.eval_prompts import Samples, write_samples
 from mypt_fast.training.evaluate import Measured, measure
 from mypt_fast.training.gate import GateResult, is_due, run_gate
@@ -62,11 +62,7 @@ class Selection:
         accuracy = not final and saturation.is_on(
             tc.token_accuracy_saturation, self.settings.model.use_loss_mask
         )
-        val = self._measure(phase.val, per_window=tc.gold_ci, accuracy=accuracy)
-        others = {name: self._measure(loader).loss for name, loader in self.run.eval_sets.items()}
-        found = Found(phase, val, others)
-        if accuracy or final:
-            found.train = self._measure(phase.train, accuracy=accuracy)
+        found = self._losses(phase, accuracy, final)
         if self.run.prompts and not final:
             found.samples = write_samples(
                 self.store.model, self.run.tokenizer, self.run.prompts, tc.eval_max_new_tokens,
@@ -76,13 +72,22 @@ class Selection:
             found.masks = self._saturation(step, found)
         return found
 
+    def _losses(self, phase: Phase, accuracy: bool, final: bool) -> Found:
+        val = self._measure(phase.val, per_window=self.train_cfg.gold_ci, accuracy=accuracy)
+        others = {name: self._measure(loader).loss for name, loader in self.run.eval_sets.items()}
+        found = Found(phase, val, others)
+        if accuracy or final:
+            found.train = self._measure(phase.train, accuracy=accuracy)
+        return found
+
     @property
     def rows(self) -> int:
         """Sequences a forward: without gradients twice a micro-batch fits, until it did not."""
         rows = min(2 * self.run.micro_batch, self.settings.model.batch_size)
         return min(rows, self.store.progress.guard.eval_rows or rows)
 
-    def _measure(self, loader: Loader, **wanted: bool) -> Measured:
+    def _measure(self, loader: Source, **wanted: bool) -> Measured:
+        assert not isinstance(loader, Borrowed)
         windows, rows = self.train_cfg.eval_iters * self.settings.model.batch_size, self.rows
         with self.run.precision.autocast():
             return measure(

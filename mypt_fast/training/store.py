@@ -54,8 +54,12 @@ class Store:
         log: its event log, whose position is saved with the state.
     """
 
+    keeps = True  # whether anything is saved, gold included
+
     def __init__(self, run: Run, log: EventLog) -> None:
         self.run, self.log, self.settings = run, log, run.settings
+        self.save_dtype: str | None = run.settings.model.save_dtype
+        self.final_dtype: str | None = "fp16"  # of the copy without optimizer; None: no copy
         self.start_step = 0
         self.progress = Progress()
         self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
@@ -76,16 +80,18 @@ class Store:
     def save(self, step: int) -> None:
         """Publish the run directory at `step`. A save that fails is logged, not raised."""
         keep = self.settings.train.keep_last
-        self._try(self.settings.run_dir, step, self.settings.model.save_dtype, keep_last=keep)
+        self._try(self.settings.run_dir, step, self.save_dtype, keep_last=keep)
 
     def save_gold(self, step: int) -> None:
         """Publish the gold directory, optimizer included: a run can continue from it."""
-        self._try(self.gold_dir, step, self.settings.model.save_dtype)
+        self._try(self.gold_dir, step, self.save_dtype)
 
-    def save_fp16(self, step: int) -> Path:
-        """Publish half-precision weights to deploy, without optimizer; returns the directory."""
-        target = self._beside("_fp16")
-        self._try(target, step, "fp16", optimizer=False)
+    def save_final(self, step: int) -> Path | None:
+        """Publish weights to deploy, without optimizer, as `<name>_fp16`; returns the directory."""
+        if self.final_dtype is None:
+            return None
+        target = self._beside(f"_{self.final_dtype}")
+        self._try(target, step, self.final_dtype, optimizer=False)
         return target
 
     def raise_if_unsaved(self) -> None:
@@ -249,7 +255,7 @@ class Store:
             self.progress.gold = from_selection_file(gold)
             return
         try:
-            self._restore_manifest(state)
+            self.restore_state(state)
         except (KeyError, TypeError, ValueError) as e:
             raise IntegrityError(
                 f"{saved.path}/manifest.json cannot be used",
@@ -293,7 +299,8 @@ class Store:
                 "start the moments from zero",
             ) from e
 
-    def _restore_manifest(self, state: dict[str, Any]) -> None:
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Restore what a manifest holds beside hashes: RNG, progress, data and log position."""
         rng = {k: _tensor(v) for k, v in state["rng"].items()}
         devices.set_rng_state(rng, self.run.device)
         progress = dict(state["progress"])
