@@ -334,15 +334,13 @@ class GPT(nn.Module):
             reduction="sum", impl=self.impl,
         )  # fmt: skip
 
-    def loss(self, idx: Tensor, targets: Tensor, **more: Any) -> Tensor:
+    def loss(self, **inputs: Any) -> Tensor:
         """The summed loss of `GPT.forward`, also where a subclass's forward returns something else.
 
         Args:
-            idx: (B, T).
-            targets: (B, T).
-            more: further arguments of `forward`.
+            inputs: arguments of `forward`, `idx` and `targets` among them.
         """
-        return GPT.forward(self, idx, targets, **more)
+        return GPT.forward(self, **inputs)
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.
