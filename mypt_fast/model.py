@@ -7,7 +7,6 @@ Attribute names are MyPT's state_dict keys (specification 2.5), so a bundle need
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -334,13 +333,22 @@ class GPT(nn.Module):
             reduction="sum", impl=self.impl,
         )  # fmt: skip
 
-    def loss(self, **inputs: Any) -> Tensor:
+    def summed_loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        loss_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        documents: Segments | None = None,
+    ) -> Tensor:
         """The summed loss of `GPT.forward`, also where a subclass's forward returns something else.
 
-        Args:
-            inputs: arguments of `forward`, `idx` and `targets` among them.
+        Arguments as there.
         """
-        return GPT.forward(self, **inputs)
+        return GPT.forward(
+            self, idx=idx, targets=targets, loss_mask=loss_mask, segment_ids=segment_ids,
+            documents=documents,
+        )  # fmt: skip
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.

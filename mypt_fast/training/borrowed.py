@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
     """What one forward takes.
 
     Attributes:
-        inputs: arguments of `GPT.loss`.
+        inputs: arguments of `GPT.summed_loss`.
         weight: what its summed loss is divided by.
         left: sequences of the step that are still to come.
     """
@@ -162,7 +162,7 @@ class Borrowed:
         return inputs
 
     def draw(self, split: str) -> Inputs:
-        """Ask the loader for a batch; returns arguments of `GPT.loss`.
+        """Ask the loader for a batch; returns arguments of `GPT.summed_loss`.
 
         Raises:
             DataError: for what is no batch.

@@ -84,7 +84,7 @@ class BorrowedSelection(Selection):
             for first in range(0, len(inputs["idx"]), self.rows):
                 part = {k: v[first : first + self.rows] for k, v in inputs.items()}
                 if not (accuracy and "loss_mask" in part):
-                    loss += self.store.model.loss(**part)
+                    loss += self.store.model.summed_loss(**part)
                     continue
                 losses, hit, valid = self._tokens(part)
                 loss += losses.sum()

@@ -83,7 +83,7 @@ def measure(
             batch = loader.read(first, min(rows, windows - first))
             tokens += valid_targets(batch)
             if not (per_window or accuracy):
-                total += model.loss(**model_inputs(batch, put)).double().cpu()
+                total += model.summed_loss(**model_inputs(batch, put)).double().cpu()
                 continue
             weights = _weights(batch, put).to(device)
             losses, hit, valid = token_losses(model, model_inputs(batch, put), weights, accuracy)
@@ -121,7 +121,7 @@ def token_losses(
 
     Args:
         model: in evaluation mode.
-        inputs: `idx`, `targets` and perhaps `documents`, as `GPT.loss` takes them.
+        inputs: `idx`, `targets` and perhaps `documents`, as `GPT.summed_loss` takes them.
         weights: (B, T) of each target.
         accuracy: count hits and valid targets; 0 and 0 otherwise.
     """

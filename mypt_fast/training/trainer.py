@@ -290,7 +290,7 @@ class Trainer:
                 if batch is None:
                     return total
                 with self.precision.autocast():
-                    loss = self.model.loss(**batch.inputs) / batch.weight
+                    loss = self.model.summed_loss(**batch.inputs) / batch.weight
                 self.scaler.scale(loss).backward()
             total += loss.detach()
             if batch.left:
