@@ -128,11 +128,10 @@ def fit(
     from mypt_fast.training.schedule import warmup_steps
     from mypt_fast.training.trainer import Trainer
 
-    if learning_rate is None:
-        learning_rate = optimizer.param_groups[0]["lr"]
+    peak = optimizer.param_groups[0]["lr"] if learning_rate is None else learning_rate
     train = TrainConfig(
         max_iters=int(max_iters), eval_interval=int(eval_interval), eval_iters=int(eval_iters),
-        learning_rate=float(learning_rate), warmup_iters=warmup_steps(warmup_iters, int(max_iters)),
+        learning_rate=float(peak), warmup_iters=warmup_steps(warmup_iters, int(max_iters)),
         grad_clip=max(0.0, float(grad_clip or 0)), use_amp=bool(use_amp),
         amp_dtype=_dtype("amp_dtype", amp_dtype), grad_accum_steps=int(grad_accum_steps or 1),
         eval_max_new_tokens=int(eval_max_new_tokens), eval_prompts_file=_text(eval_prompts_file),
@@ -157,7 +156,7 @@ def fit(
             save_dtype=None if saved is None else _dtype("save_dtype", saved), eval_seed=eval_seed,
         )  # fmt: skip
         try:
-            go_on(run, parts, int(start_step))
+            go_on(run, parts, int(start_step), peak_given=learning_rate is not None)
             found = _train(Trainer(run, console.Live(train.max_iters, int(start_step)), parts))
         finally:
             model.__dict__.pop("hidden", None)  # compiled, if it was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mypt_fast import console
 from mypt_fast.checkpoint import bundle as bundles
 from mypt_fast.checkpoint.bundle import check_writable
 from mypt_fast.checkpoint.tensors import tensor_entries
+from mypt_fast.config import TrainConfig
 from mypt_fast.errors import DivergedError, IntegrityError
 from mypt_fast.kernels import rope_tables
 from mypt_fast.model import GPT
@@ -22,6 +24,7 @@ from mypt_fast.training.gold import from_selection_file
 from mypt_fast.training.memory import saved_micro_batch
 from mypt_fast.training.parts import Parts
 from mypt_fast.training.run import Run
+from mypt_fast.training.schedule import learning_rate
 from mypt_fast.training.store import Store
 
 
@@ -111,12 +114,19 @@ def make_fp32(model: GPT, optimizer: torch.optim.Optimizer) -> str:
     return found
 
 
-def go_on(run: Run, parts: Parts, start_step: int) -> None:
+def go_on(run: Run, parts: Parts, start_step: int, peak_given: bool) -> None:
     """Continue the run that saved the weights the caller loaded; one line says so.
 
     Where the directory holds them, at that step, random numbers, data position, gold and log are
     restored from it, and weights that were rounded on their way become the exact ones. Other
     weights are another run: nothing of the directory's state is theirs.
+
+    Args:
+        run: of the caller's loaders.
+        parts: as `adopt` made them.
+        start_step: of the caller.
+        peak_given: whether the caller named a learning rate. The optimizer's own, once it is
+            restored, is what the schedule had come to: the peak is the saved run's.
 
     Raises:
         IntegrityError: if the state is not as it was written.
@@ -141,6 +151,9 @@ def go_on(run: Run, parts: Parts, start_step: int) -> None:
         return
     _make_exact(path, manifest, parts.model)
     run.settings.saved_state = state
+    if not peak_given:
+        now = parts.optimizer.param_groups[0]["lr"]
+        run.settings.train.learning_rate = _peak(state, start_step, now)
     run.micro_batch = saved_micro_batch(run.settings) or run.micro_batch
     try:
         store.restore_state({**manifest, "data": _by_phase(run, manifest["data"])})
@@ -181,6 +194,20 @@ def _make_exact(path: Path, manifest: Mapping[str, Any], model: GPT) -> None:
     exact = bundles.read(path, walk_back=False).state_dict
     for name, value in weights.items():
         value.copy_(exact[name])
+
+
+def _peak(state: Mapping[str, Any], step: int, now: float) -> float:
+    """The saved run's peak learning rate, if `now` is what its schedule gave before `step`."""
+    saved = state.get("training_config") or {}
+    try:
+        cfg = TrainConfig(
+            learning_rate=float(saved["learning_rate"]), max_iters=int(saved["max_iters"]),
+            warmup_iters=saved["warmup_iters"],
+        )  # fmt: skip
+        before = learning_rate(step - 1, cfg) if step else now
+    except (KeyError, TypeError, ValueError):
+        return now
+    return cfg.learning_rate if math.isclose(before, now) else now
 
 
 def _by_phase(run: Run, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -110,6 +110,8 @@ class Borrowed:
                 "give an object with that method",
             )  # fmt: skip
         self.loader, self.name, self.fingerprint = loader, name, f"{ALGORITHM} of {name}"
+        both = ("state_dict", "load_state_dict")
+        self._tells = all(callable(getattr(loader, name, None)) for name in both)
         self._size, self._accum, self._tokens = batch_size, accum, batch_size * block_size * accum
         self._device, self._equal_means = device, equal_means
         self._position = self._at = position  # `_at`: where the step of `_kept` begins
@@ -254,11 +256,10 @@ class Borrowed:
         """Keep it open: it is the caller's."""
 
     def _loader_state(self) -> Any:
-        has_both = all(hasattr(self.loader, n) for n in ("state_dict", "load_state_dict"))
-        return copy.deepcopy(self.loader.state_dict()) if has_both else None
+        return copy.deepcopy(self.loader.state_dict()) if self._tells else None
 
     def _set_loader_state(self, state: Any) -> None:
-        if state is not None and hasattr(self.loader, "load_state_dict"):
+        if state is not None and self._tells:
             self.loader.load_state_dict(copy.deepcopy(state))
 
     def _plain_loader_state(self) -> Any:
