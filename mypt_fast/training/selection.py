@@ -117,7 +117,9 @@ class Selection:
         save(step)
         return run_gate(ext, self.settings.run_dir, self.settings.model_name, step, self.between)
 
-    def decide(self, step: int, found: Found) -> tuple[Decision, dict[str, Any]]:
+    def decide(
+        self, step: int, found: Found, final: bool = False
+    ) -> tuple[Decision, dict[str, Any]]:
         """Decide about gold.
 
         Returns:
@@ -129,9 +131,10 @@ class Selection:
         interval = self._interval(gold, found) if self.train_cfg.gold_ci else None
         if found.gate:
             gold.last_gate = found.gate.fields()
+        wide = self.settings.strict_compat and not final
         decision = decide(
             gold, Evaluation(step, found.val.loss, train, found.others), self.rules,
-            found.gate.verdict if found.gate else None, wide=self.settings.strict_compat,
+            found.gate.verdict if found.gate else None, wide=wide,
         )  # fmt: skip
         if decision.save and self.train_cfg.gold_ci:
             gold.windows = {"key": self._windows_key(found), "losses": _packed(found.val.windows)}

@@ -363,7 +363,7 @@ class Trainer:
     def _decide(self, found: Found, final: bool) -> Decision:
         if not self.store.keeps:
             return Decision(save=False)
-        decision, fields = self.selection.decide(self.step, found)
+        decision, fields = self.selection.decide(self.step, found, final)
         if found.gate:
             console.say(found.gate.line)
         if found.gate and final:
