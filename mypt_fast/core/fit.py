@@ -287,7 +287,7 @@ class _Loaders:
         phases = []
         for (phase, loader), until in zip(loaders, ends, strict=True):
             source = self.borrow(loader, phase)
-            phases.append(Phase(phase, until, source, source, source.name))
+            phases.append(Phase(phase, until, source, source, source.fingerprint))
         return phases
 
 

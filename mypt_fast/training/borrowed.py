@@ -248,7 +248,10 @@ class Borrowed:
         kind, keys, *rest = state["numpy"]
         random.setstate((3, tuple(_numbers(words).tolist()), gauss))
         np.random.set_state((kind, _numbers(keys), *rest))
-        self._set_loader_state(state["loader"])
+        try:
+            self._set_loader_state(state["loader"])
+        except DataError as e:
+            console.notice(f"note: {e}; its order starts anew")
         self._position = self._at = int(state["position"])
         self._kept, self._again, self._is_open = [], False, False
 

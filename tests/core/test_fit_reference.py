@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fit_help import (
+    LETTERS,
     EpisodeLoader,
     PlainGPT,
     ShardLoader,
@@ -15,6 +16,8 @@ from fit_help import (
     run,
     seed_everything,
 )
+
+from mypt_fast import presets
 
 
 @pytest.fixture(autouse=True)
@@ -95,14 +98,23 @@ def test_strict_compat_without_a_seed_moves_the_generators_on(monkeypatch) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loader", [TextLoader, ShardLoader])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("loader", "dropout"), [(TextLoader, 0.1), (ShardLoader, 0.0)])
 def test_two_hundred_steps_of_a_plain_trainer(loader, dropout) -> None:
     cfg = config(dropout=dropout, n_embd=64, n_head=4, n_layer=4, block_size=32, batch_size=8)
     ours, plain = both(cfg, loader, 200, accum=2)
     np.testing.assert_allclose(ours[0], plain[0], atol=1e-4)
     np.testing.assert_allclose(ours[1], plain[1], atol=1e-4)
     assert trained(ours[2])[:400] == trained(plain[2])
+
+
+@pytest.mark.slow
+def test_the_shapes_of_tiny_char() -> None:
+    cfg = presets.load("tiny_char").model
+    cfg.device, cfg.vocab_size, cfg.dropout = "cpu", len(LETTERS), 0.1
+    ours, plain = both(cfg, TextLoader, 16, eval_interval=8)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-4)
+    np.testing.assert_allclose(ours[1], plain[1], atol=1e-4)
+    assert trained(ours[2])[:16] == trained(plain[2])
 
 
 class Masked(EpisodeLoader):

@@ -1,5 +1,6 @@
 """fit stopped, killed and called again: the run that was never interrupted."""
 
+import json
 import os
 import signal
 import threading
@@ -9,18 +10,22 @@ import numpy as np
 import pytest
 import torch
 from fit_help import (
+    LETTERS,
     EpisodeLoader,
     ShardLoader,
     TextLoader,
     adamw,
     config,
     events,
+    letters,
     model_of,
     run,
 )
 
 from mypt_fast.checkpoint import bundle
+from mypt_fast.cli import main
 from mypt_fast.core.fit import fit
+from mypt_fast.errors import DataError
 
 STEPS = 12
 # of the wall clock, or counted anew by each call, as MyPT counts them
@@ -257,3 +262,52 @@ def test_sigterm_saves_and_ends_the_script() -> None:
         run(cfg, stop, STEPS, **RUN)
     assert ended.value.code == 143
     assert bundle.read(Path("runs/toy")).training_state["step"] == 4
+
+
+def test_either_trainer_continues_the_others_run(capsys) -> None:
+    """fit and `mypt-fast train` write one kind of checkpoint; only the order of data is another."""
+    cfg = config(device="cpu")
+    for split in ("train", "val"):
+        Path("data", split).mkdir(parents=True)
+        letters(2000).astype("<u4").tofile(Path("data", split, "shard_00000.bin"))
+    kind = {"token_kind": "char", "chars": list(LETTERS)}
+    Path("data/tokenizer_state.json").write_text(json.dumps(kind))
+    loader = TextLoader(cfg)
+    loader.dataset_dir = "data"
+    given = {"checkpoint_dir": "checkpoints/toy", "dataset_dir": "data", "eval_seed": 7}
+    run(cfg, loader, 4, **given)
+    assert main(["train", "--model_name", "toy", "--max_iters", "6", "--no_use_amp"]) == 0
+    assert "from get_batch/v1 of data to data: its order starts anew" in capsys.readouterr().err
+    saved = bundle.read(Path("checkpoints/toy"))
+    assert saved.training_state["step"] == 6
+    model = model_of(cfg)
+    model.load_state_dict(saved.state_dict)
+    optimizer = adamw(model)
+    optimizer.load_state_dict(saved.optimizer)
+    fit(model, loader, optimizer, 8, 4, 2, start_step=6, log_file="fit.jsonl", **given)
+    told = capsys.readouterr()
+    assert "continuing checkpoints/toy at step 6" in told.out
+    assert "from data to get_batch/v1 of data: its order starts anew" in told.err
+    assert [e["iter"] for e in events("fit.jsonl", "train")] == list(range(8))
+    assert next(iter(optimizer.state.values()))["step"] == 8
+
+
+def test_a_loader_whose_data_changed_starts_its_order_anew(capsys) -> None:
+    cfg = config()
+
+    class Changed(EpisodeLoader):
+        def state_dict(self):
+            return {"at": self.at, "of": "other episodes"}
+
+        def load_state_dict(self, state):
+            if "of" not in state:
+                raise DataError("these are other episodes")
+            super().load_state_dict(state)
+
+    run(cfg, Stops(EpisodeLoader(cfg), -1, die), 4, **RUN)
+    loader = Stops(Changed(cfg), -1, die)
+    loader.dataset_dir = "EpisodeLoader"
+    again(cfg, loader, 5)
+    assert "note: these are other episodes; its order starts anew" in capsys.readouterr().err
+    drawn = [at for split, at in loader.loader.drawn if split == "train"]
+    assert drawn[:2] == [0, 1]
