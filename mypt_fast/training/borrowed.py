@@ -8,6 +8,7 @@ when it is needed: between the dropout of two micro-batches, where MyPT draws it
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
 import random
@@ -279,25 +280,15 @@ class Borrowed:
 
     # reading without moving
 
-    def untouched(self, split: str) -> Untouched:
-        """A context after which nothing was drawn; the position in `val` moves on, as in MyPT."""
-        return Untouched(self, split, self._device)
-
-
-class Untouched:
-    """Restores the generators, and the loader too where it read training data or failed."""
-
-    def __init__(self, source: Borrowed, split: str, device: torch.device) -> None:
-        self._source, self._split, self._device = source, split, device
-
-    def __enter__(self) -> None:
-        self._before = Generators.now(self._device)
-        self._state = self._source._loader_state()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._before.restore(self._device)
-        if kind is not None or self._split == "train":
-            self._source._set_loader_state(self._state)
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """A context after which nothing was drawn: generators and loader are as before it."""
+        before, state = Generators.now(self._device), self._loader_state()
+        try:
+            yield
+        finally:
+            before.restore(self._device)
+            self._set_loader_state(state)
 
 
 def valid_targets(inputs: Inputs) -> Tensor:

@@ -17,9 +17,10 @@ from mypt_fast.training.selection import Found, Selection
 class BorrowedSelection(Selection):
     """Measures `eval_iters` batches of a split, the mean of their losses, as `estimate_loss` does.
 
-    Each measurement starts from `seed`, where there is one, and leaves the generators and the
-    training data as it found them. Under strict_compat it does what MyPT does instead: it reseeds
-    for good, and draws batches for masked accuracies whether there are masks or not.
+    Each measurement starts from `seed`, where there is one, and leaves generators and loaders as
+    it found them, so that a loader with a position of its own shows every evaluation the same
+    batches. Under strict_compat it does what MyPT does instead: it reseeds for good, moves on in
+    the loaders, and draws batches for masked accuracies whether there are masks or not.
 
     Attributes:
         seed: `eval_seed` of fit; None: from where the global generators are.
@@ -66,7 +67,7 @@ class BorrowedSelection(Selection):
     def _pass(self, source: Source, split: str, accuracy: bool = False) -> Measured:
         assert isinstance(source, Borrowed)
         strict = self.settings.strict_compat
-        keep: AbstractContextManager[None] = nullcontext() if strict else source.untouched(split)
+        keep: AbstractContextManager[None] = nullcontext() if strict else source.untouched()
         with keep, self.run.precision.autocast(), evaluating(self.store.model), torch.no_grad():
             if not strict:
                 self._reseed()

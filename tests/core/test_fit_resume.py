@@ -42,9 +42,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def again(cfg, loader, steps=STEPS, **arguments):
+def again(cfg, loader, steps=STEPS, name="toy", **arguments):
     """What a script does that finds a checkpoint: load it, and call fit with its step."""
-    saved = bundle.read(Path("runs/toy"))
+    saved = bundle.read(Path("runs", name))
     model = model_of(cfg, seed=99)
     model.load_state_dict(saved.state_dict)
     optimizer = adamw(model)
@@ -127,6 +127,42 @@ def test_a_resumed_run_is_the_one_that_never_stopped(loader, what, at) -> None:
         one, two = bundle.read(Path("whole", name)), bundle.read(Path("runs", name))
         assert_same(list(one.state_dict.values()), list(two.state_dict.values()))
         assert one.training_state["step"] == two.training_state["step"]
+
+
+@pytest.mark.parametrize("at", [2, 4, 5, 12, 15, 16])
+def test_an_evaluation_that_was_interrupted_is_made_again(at) -> None:
+    """Of val, of another set, of training data for an accuracy: each loader with its position."""
+    cfg = config(dropout=0.0, use_loss_mask=True)
+
+    def interrupted(at, calls):
+        loader = EpisodeLoader(cfg)
+        given = loader.get_batch
+
+        def get_batch(split="train"):
+            calls[0] += 1
+            if calls[0] == at:
+                interrupt()
+            return given(split)
+
+        loader.get_batch = get_batch
+        return loader
+
+    def losses(name, at):
+        calls = [0]
+        one, two = (interrupted(at, calls) for _ in "ab")
+        where = {"checkpoint_dir": f"runs/{name}", "log_file": f"{name}.jsonl"}
+        given = {"eval_data_loaders": {"more": two}, "eval_interval": 3, "eval_iters": 2, **where}
+        if not at:
+            run(cfg, one, 4, **given)
+            return story(f"{name}.jsonl")
+        with pytest.raises(KeyboardInterrupt):
+            run(cfg, one, 4, **given)
+        given["eval_data_loaders"] = {"more": EpisodeLoader(cfg)}
+        again(cfg, EpisodeLoader(cfg), 4, **given, grad_accum_steps=1, eval_seed=None,
+              learning_rate=1e-3, warmup_iters=0, name=name)  # fmt: skip
+        return story(f"{name}.jsonl")
+
+    assert losses("parts", at) == losses("whole", 0)
 
 
 def test_the_line_that_says_what_is_continued(capsys) -> None:
