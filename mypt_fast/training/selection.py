@@ -131,10 +131,9 @@ class Selection:
         interval = self._interval(gold, found) if self.train_cfg.gold_ci else None
         if found.gate:
             gold.last_gate = found.gate.fields()
-        wide = self.settings.strict_compat and not final
         decision = decide(
             gold, Evaluation(step, found.val.loss, train, found.others), self.rules,
-            found.gate.verdict if found.gate else None, wide=wide,
+            found.gate.verdict if found.gate else None, wide=self._wide(final),
         )  # fmt: skip
         if decision.save and self.train_cfg.gold_ci:
             gold.windows = {"key": self._windows_key(found), "losses": _packed(found.val.windows)}
@@ -144,6 +143,10 @@ class Selection:
             "gate_metric": found.gate.metric_value if found.gate else None,
         }
         return decision, fields | ({"val_loss_change": interval} if interval else {})
+
+    def _wide(self, final: bool) -> bool:
+        """Whether a block is reported that hit no new minimum."""
+        return self.settings.strict_compat
 
     def _interval(self, gold: GoldState, found: Found) -> dict[str, Any] | None:
         """How much the validation loss changed since gold: the 95 % interval over its windows."""
