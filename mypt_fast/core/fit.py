@@ -145,12 +145,14 @@ def fit(
     run = _run(model, settings)
     loaders = _Loaders(run, int(start_step))
     run.phases = loaders.phases(data_loader, data_loader_schedule or (), initial_phase or "train")
-    run.eval_sets = {k: loaders.borrow(v, k) for k, v in (eval_data_loaders or {}).items()}
+    run.eval_sets = {k: loaders.borrow(v) for k, v in (eval_data_loaders or {}).items()}
     final = None if final_save_dtype is None else _dtype("final_save_dtype", final_save_dtype)
     saved = model.config.save_dtype if save_dtype is None else save_dtype
     with RunLock(_directories(settings.run_dir, final)) as lock:
         if checkpoint_dir is not None:
             lock.acquire()
+            for notice in lock.notices:
+                console.notice(f"note: {notice}")
         parts = adopt(
             model, optimizer, run, keeps=checkpoint_dir is not None, final_dtype=final,
             save_dtype=None if saved is None else _dtype("save_dtype", saved), eval_seed=eval_seed,
@@ -249,7 +251,7 @@ class _Loaders:
         self._run, self._start = run, start_step
         self._known: dict[int, Borrowed] = {}
 
-    def borrow(self, loader: Any, name: str) -> Borrowed:
+    def borrow(self, loader: Any) -> Borrowed:
         """The loader as a source of batches; raises DataError for one without `get_batch`."""
         from mypt_fast.training.borrowed import Borrowed
 
@@ -259,7 +261,7 @@ class _Loaders:
             self._known[id(loader)] = Borrowed(
                 loader, batch_size=settings.model.batch_size, accum=settings.train.grad_accum_steps,
                 block_size=settings.model.block_size, device=self._run.device,
-                name=str(folder or type(loader).__name__ or name),
+                name=str(folder or type(loader).__name__),
                 position=self._start * settings.global_batch, equal_means=settings.strict_compat,
             )  # fmt: skip
         return self._known[id(loader)]
@@ -286,7 +288,7 @@ class _Loaders:
         ends = [*(step for step, _, _ in coming), None]
         phases = []
         for (phase, loader), until in zip(loaders, ends, strict=True):
-            source = self.borrow(loader, phase)
+            source = self.borrow(loader)
             phases.append(Phase(phase, until, source, source, source.fingerprint))
         return phases
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,8 +86,9 @@ def adopt(
     optimizer.zero_grad(set_to_none=True)
     model.train()
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.scaler)
-    selection = type("SeededSelection", (BorrowedSelection,), {"seed": eval_seed})
-    return Parts(log, store, model, optimizer, scaler, selection)
+    return Parts(
+        log, store, model, optimizer, scaler, functools.partial(BorrowedSelection, seed=eval_seed)
+    )
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,9 @@ from torch import Tensor
 from mypt_fast.attention import Segments
 from mypt_fast.training.borrowed import Borrowed, Source, seed_all, valid_targets
 from mypt_fast.training.evaluate import Measured, evaluating, token_losses
-from mypt_fast.training.run import Phase
+from mypt_fast.training.run import Phase, Run
 from mypt_fast.training.selection import Found, Selection
+from mypt_fast.training.store import Store
 
 
 class BorrowedSelection(Selection):
@@ -22,11 +25,18 @@ class BorrowedSelection(Selection):
     batches. Under strict_compat it does what MyPT does instead: it reseeds for good, moves on in
     the loaders, and draws batches for masked accuracies whether there are masks or not.
 
-    Attributes:
+    Args:
+        run: the opened run.
+        store: its model, progress and gold state.
+        between: called between batches, tokens and looks at the gate; may raise to stop.
         seed: `eval_seed` of fit; None: from where the global generators are.
     """
 
-    seed: int | None = None
+    def __init__(
+        self, run: Run, store: Store, between: Callable[[], None], seed: int | None = None
+    ) -> None:
+        super().__init__(run, store, between)
+        self.seed = seed
 
     def _losses(self, phase: Phase, accuracy: bool, final: bool) -> Found:
         if self.settings.strict_compat:
@@ -110,6 +120,8 @@ class BorrowedSelection(Selection):
 
     def _tokens(self, inputs: dict[str, Tensor]) -> tuple[Tensor, int, int]:
         ids = inputs.get("segment_ids")
-        documents = None if ids is None else Segments.from_ids(ids)
+        model: Any = self.store.model
+        read = getattr(model, "documents", Segments.from_ids)  # a subclass may know more of them
+        documents = None if ids is None else read(ids)
         given = {"idx": inputs["idx"], "targets": inputs["targets"], "documents": documents}
-        return token_losses(self.store.model, given, inputs["loss_mask"], accuracy=True)
+        return token_losses(model, given, inputs["loss_mask"], accuracy=True)

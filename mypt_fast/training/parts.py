@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Parts:
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    selection: type[Selection] = Selection
+    selection: Callable[[Run, Store, Callable[[], None]], Selection] = Selection
 
     def __post_init__(self) -> None:
         self.store.model, self.store.optimizer = self.model, self.optimizer

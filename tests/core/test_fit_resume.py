@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -127,6 +128,28 @@ def test_a_resumed_run_is_the_one_that_never_stopped(loader, what, at) -> None:
         one, two = bundle.read(Path("whole", name)), bundle.read(Path("runs", name))
         assert_same(list(one.state_dict.values()), list(two.state_dict.values()))
         assert one.training_state["step"] == two.training_state["step"]
+
+
+def test_a_curriculum_goes_on_where_it_was() -> None:
+    """The script gives the phase it is in, and the whole schedule again, as MyPT's does."""
+    cfg = config(dropout=0.2)
+
+    def curriculum(at=-1, what=die):
+        first, second = TextLoader(cfg), Stops(EpisodeLoader(cfg), at, what)
+        return first, second, {"data_loader_schedule": [(5, second, "second")], **RUN}
+
+    first, _, given = curriculum()
+    whole = run(cfg, first, STEPS, initial_phase="first", **given)
+    told = story()
+    shutil.rmtree("runs")
+    Path("fit.jsonl").unlink()
+    first, _, given = curriculum(9, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(cfg, first, STEPS, initial_phase="first", **given)
+    _, second, given = curriculum()
+    resumed = again(cfg, second, initial_phase="second", **given)
+    assert_same(state(whole), state(resumed))
+    assert story() == told
 
 
 @pytest.mark.parametrize("at", [2, 4, 5, 12, 15, 16])
