@@ -334,6 +334,23 @@ class GPT(nn.Module):
             reduction="sum", impl=self.impl,
         )  # fmt: skip
 
+    def summed_loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        loss_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        documents: Segments | None = None,
+    ) -> Tensor:
+        """The summed loss of `GPT.forward`, also where a subclass's forward returns something else.
+
+        Arguments as there.
+        """
+        return GPT.forward(
+            self, idx=idx, targets=targets, loss_mask=loss_mask, segment_ids=segment_ids,
+            documents=documents,
+        )  # fmt: skip
+
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.
 

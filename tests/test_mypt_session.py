@@ -13,13 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mypt_fast import presets
-from mypt_fast.cli import COMMANDS, main
+from mypt_fast.cli import main
 
 ROOT = Path(__file__).parent.parent
-CORE = Path(presets.__file__).parent / "core"
-PARTS = ("config", "model", "tokenizer", "checkpoint", "generator", "data_loader", "fit")
-IS_MERGED = all((CORE / f"{part}.py").is_file() for part in PARTS)
 TEXT = "the river ran past the mill and the boats went down to the sea. " * 60
 CONFIG = {
     "name": "Mine", "description": "small enough for a test", "batch_size": 2, "block_size": 16,
@@ -132,7 +128,6 @@ def state_of(name):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(not IS_MERGED, reason="parts of core are not merged yet", run=False)
 def test_a_session_of_scripts_written_for_mypt(project):
     first, shown = script("train", "mine", "6")
     assert first["start"] == 0
@@ -183,7 +178,6 @@ def test_a_session_of_the_commands(project, capsys):
     assert "total" in capsys.readouterr().out
 
 
-@pytest.mark.xfail("convert" not in COMMANDS, reason="convert is not merged yet", run=False)
 def test_an_old_file_is_converted_by_the_script_of_that_name(project, capsys):
     import torch
 

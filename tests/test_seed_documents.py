@@ -19,22 +19,8 @@ from mypt_fast import presets
 from mypt_fast.cli import main
 
 FOLDER = Path(__file__).parent / "documents"
-CORE = Path(presets.__file__).parent / "core"
 TEXT = "The river ran past the mill, and the miller's girl counted the boats that passed. " * 400
 
-# What waits for other parts: (document, number of the block). Empty when all are merged.
-WAITING: set[tuple[str, int]] = {
-    ("training", 4),  # core.get_model_info
-    ("training", 12),  # core.GPTDataLoader, GPT.fit
-    ("checkpoints", 1),  # GPT.fit
-    ("checkpoints", 2),  # GPT.save_checkpoint_bundle
-    ("checkpoints", 3),  # CheckpointManager
-    ("checkpoints", 4),
-    ("checkpoints", 5),
-    ("checkpoints", 6),  # resuming latest.pt
-    ("checkpoints", 7),  # GPT.load_legacy
-    ("checkpoints", 8),  # --legacy_checkpoint
-}
 # Blocks that save models of 20 M parameters and more
 SLOW = {("configs", 7), ("training", 0), ("training", 9), ("checkpoints", 14)}
 
@@ -50,8 +36,6 @@ def blocks():
         for number, match in enumerate(found):
             key = (path.stem, number)
             marks = [pytest.mark.slow] if key in SLOW else []
-            if key in WAITING:
-                marks.append(pytest.mark.xfail(reason="waits for another part", run=False))
             yield pytest.param(*key, *match.groups(), marks=marks, id=f"{path.stem}-{number}")
 
 
@@ -322,14 +306,12 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def test_the_blocks_are_all_there_and_what_waits_is_real():
+def test_the_blocks_are_all_there():
     keys = [tuple(p.values[:2]) for p in BLOCKS]
     assert [sum(d == name for d, _ in keys) for name in ("configs", "training", "checkpoints")] == [
         9, 13, 16,
     ]  # fmt: skip
-    assert WAITING | SLOW | set(PREAMBLE) | set(EXPECTED) <= set(keys)
-    if all((CORE / f"{m}.py").is_file() for m in ("model", "checkpoint", "data_loader", "fit")):
-        assert not WAITING, "the parts are merged: empty the set"
+    assert SLOW | set(PREAMBLE) | set(EXPECTED) <= set(keys)
 
 
 def test_only_steps_sizes_of_work_and_places_of_data_are_changed(project):

@@ -136,10 +136,11 @@ def _prepared(
     resolved: settings.Settings, dry_run: bool, lock: Any, asks: bool
 ) -> "Trainer | None":
     """Open data and weights and print the plan; None where that was all."""
+    from mypt_fast.training.parts import use_compile
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
     from mypt_fast.training.store import check_space
-    from mypt_fast.training.trainer import Trainer, use_compile
+    from mypt_fast.training.trainer import Trainer
 
     with console.byte_progress() as progress:
         opened = open_run(resolved, progress)

@@ -83,13 +83,15 @@ def measure(
             batch = loader.read(first, min(rows, windows - first))
             tokens += valid_targets(batch)
             if not (per_window or accuracy):
-                total += model(**model_inputs(batch, put)).double().cpu()
+                total += model.summed_loss(**model_inputs(batch, put)).double().cpu()
                 continue
-            losses, hit, valid = _tokens(model, batch, put, accuracy)
+            weights = _weights(batch, put).to(device)
+            losses, hit, valid = token_losses(model, model_inputs(batch, put), weights, accuracy)
             sums = losses.double().sum(1).cpu()
-            weights = _weights(batch, put).double().sum(1).cpu()
             total += sums.sum()
-            each += (sums / weights).tolist() if per_window else []  # 0 / 0 is NaN
+            each += (
+                (sums / weights.double().sum(1).cpu()).tolist() if per_window else []
+            )  # 0 / 0 is NaN
             hits, count = hits + hit, count + valid
     share = hits / count if accuracy and count else None
     return Measured(float(total / max(tokens, 1.0)), each, share, count)
@@ -112,24 +114,30 @@ def _weights(batch: tuple[Any, ...], put: Put) -> Tensor:
     return put(more[0].loss_mask) if more else torch.ones(y.shape)
 
 
-def _tokens(
-    model: GPT, batch: tuple[Any, ...], put: Put, accuracy: bool
+def token_losses(
+    model: GPT, inputs: dict[str, Any], weights: Tensor, accuracy: bool
 ) -> tuple[Tensor, int, int]:
-    """Weighted losses of single tokens, (B, T), with hits and valid targets of the batch."""
-    inputs = model_inputs(batch, put)
+    """Weighted losses of single tokens, (B, T), with hits and valid targets of the batch.
+
+    Args:
+        model: in evaluation mode.
+        inputs: `idx`, `targets` and perhaps `documents`, as `GPT.summed_loss` takes them.
+        weights: (B, T) of each target.
+        accuracy: count hits and valid targets; 0 and 0 otherwise.
+    """
     targets, head = inputs["targets"].flatten(), model.lm_head
     x = model.hidden(inputs["idx"], inputs.get("documents")).flatten(0, 1)
     losses = kernels.linear_cross_entropy(
         x, head.weight, head.bias, targets, reduction="none", impl=model.impl
     )
-    weights = _weights(batch, put).to(losses.device).flatten()
+    flat = weights.flatten()
     hits = valid = 0
     if accuracy:
-        counts = (weights != 0) & (targets != -100)
+        counts = (flat != 0) & (targets != -100)
         step = max(1, _LOGITS // model.config.vocab_size)
         for rows, target, counted in zip(
             x.split(step), targets.split(step), counts.split(step), strict=True
         ):
             hits += int(((head(rows).argmax(-1) == target) & counted).sum())
         valid = int(counts.sum())
-    return (losses.float() * weights).view(inputs["idx"].shape), hits, valid
+    return (losses.float() * flat).view(inputs["idx"].shape), hits, valid

@@ -122,6 +122,35 @@ class EventLog:
             self._open = None
 
 
+class NoLog(EventLog):
+    """A log without a file, for a caller that wants none; listeners hear of every event."""
+
+    def __init__(self) -> None:
+        self.path = Path(os.devnull)
+        self.listeners = []
+
+    def _append(self, data: bytes) -> None:
+        """Keep nothing."""
+
+    @property
+    def position(self) -> int:
+        """Nothing is in it."""
+        return 0
+
+    def rewind(self, position: int) -> int:
+        """Drop nothing."""
+        return 0
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def _mend(path: Path) -> None:
     """End the last line: what a power cut left of one of ours is cut, anything else gets its end.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mypt_fast.attention import Segments
 from mypt_fast.data.document_loader import Loader
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.packing import Documents
+from mypt_fast.training.borrowed import Borrowed, MicroBatch, Source
 
 Put = Callable[[NDArray[Any]], Tensor]
 
@@ -54,6 +55,26 @@ def step_weight(loader: Loader, tokens_per_step: int) -> float:
     if not isinstance(loader, TokenLoader):
         return max(loader.step_weight(), 1.0)
     return tokens_per_step
+
+
+def micro_batches(
+    loader: Source, rows: int, global_batch: int, tokens_per_step: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Read the next step, at most `rows` sequences at a time."""
+    if isinstance(loader, Borrowed):
+        yield from loader.micro_batches(rows)
+        return
+    # of the whole step, known before its first token: accumulation never changes the objective
+    weight, left = step_weight(loader, tokens_per_step), global_batch
+    while left:
+        inputs = next_inputs(loader, min(rows, left), device)
+        left -= len(inputs["idx"])
+        yield MicroBatch(inputs, weight, left)
+
+
+def correction(loader: Source) -> float:
+    """What the finished step's loss and gradients are multiplied by, for its valid tokens."""
+    return loader.correction() if isinstance(loader, Borrowed) else 1.0
 
 
 def next_inputs(loader: Loader, rows: int, device: torch.device) -> dict[str, Any]:

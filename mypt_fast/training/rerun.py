@@ -20,8 +20,9 @@ from mypt_fast.checkpoint import bundle as bundles
 from mypt_fast.checkpoint.legacy import old_run
 from mypt_fast.errors import CheckpointError
 from mypt_fast.publish import temporary
+from mypt_fast.training.parts import log_path
 from mypt_fast.training.run import open_run
-from mypt_fast.training.trainer import Trainer, log_path
+from mypt_fast.training.trainer import Trainer
 
 
 class _Bounded(Trainer):

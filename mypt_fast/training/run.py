@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mypt_fast.config import GoldSelection
-from mypt_fast.data.document_loader import Loader
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import device as devices
+from mypt_fast.training.borrowed import Source
 from mypt_fast.training.eval_prompts import read_prompts
 from mypt_fast.training.memory import choose_micro_batch
 from mypt_fast.training.sources import DataOpener, Phase
@@ -27,7 +27,7 @@ class Run:
     precision: devices.Precision
     tokenizer: Tokenizer
     phases: list[Phase]
-    eval_sets: dict[str, Loader]
+    eval_sets: dict[str, Source]
     micro_batch: int
     loader_note: str
     train_tokens: int
@@ -35,6 +35,7 @@ class Run:
     free_bytes: int
     notices: list[str] = field(default_factory=list)
     prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
+    how_to_continue: str = ""  # what a run that was stopped tells
 
     def close(self) -> None:
         """Let go of the data files."""
@@ -86,7 +87,7 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     notices = [n for n in (note, amp_note) if n]
     opener = DataOpener(settings, notices, progress, device)
     tokenizer, phases, train_tokens, val_tokens = opener.open()
-    eval_sets = opener.eval_sets(tokenizer)
+    eval_sets: dict[str, Source] = {**opener.eval_sets(tokenizer)}
     prompts = {}
     if settings.train.eval_prompts_file:
         prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
@@ -106,4 +107,5 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         free_bytes=free,
         notices=notices,
         prompts=prompts,
+        how_to_continue=f"continue with `mypt-fast train --model_name {settings.model_name}`",
     )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mypt_fast.config import GoldSelection, Saturation
-from mypt_fast.data.document_loader import Loader
 from mypt_fast.training import saturation
+from mypt_fast.training.borrowed import Borrowed, Source
 from mypt_fast.training.eval_prompts import Samples, write_samples
 from mypt_fast.training.evaluate import Measured, measure
 from mypt_fast.training.gate import GateResult, is_due, run_gate
@@ -62,11 +62,7 @@ class Selection:
         accuracy = not final and saturation.is_on(
             tc.token_accuracy_saturation, self.settings.model.use_loss_mask
         )
-        val = self._measure(phase.val, per_window=tc.gold_ci, accuracy=accuracy)
-        others = {name: self._measure(loader).loss for name, loader in self.run.eval_sets.items()}
-        found = Found(phase, val, others)
-        if accuracy or final:
-            found.train = self._measure(phase.train, accuracy=accuracy)
+        found = self._losses(phase, accuracy, final)
         if self.run.prompts and not final:
             found.samples = write_samples(
                 self.store.model, self.run.tokenizer, self.run.prompts, tc.eval_max_new_tokens,
@@ -76,13 +72,22 @@ class Selection:
             found.masks = self._saturation(step, found)
         return found
 
+    def _losses(self, phase: Phase, accuracy: bool, final: bool) -> Found:
+        val = self._measure(phase.val, per_window=self.train_cfg.gold_ci, accuracy=accuracy)
+        others = {name: self._measure(loader).loss for name, loader in self.run.eval_sets.items()}
+        found = Found(phase, val, others)
+        if accuracy or final:
+            found.train = self._measure(phase.train, accuracy=accuracy)
+        return found
+
     @property
     def rows(self) -> int:
         """Sequences a forward: without gradients twice a micro-batch fits, until it did not."""
         rows = min(2 * self.run.micro_batch, self.settings.model.batch_size)
         return min(rows, self.store.progress.guard.eval_rows or rows)
 
-    def _measure(self, loader: Loader, **wanted: bool) -> Measured:
+    def _measure(self, loader: Source, **wanted: bool) -> Measured:
+        assert not isinstance(loader, Borrowed)
         windows, rows = self.train_cfg.eval_iters * self.settings.model.batch_size, self.rows
         with self.run.precision.autocast():
             return measure(
@@ -113,7 +118,9 @@ class Selection:
         self.store.wait()
         return run_gate(ext, self.settings.run_dir, self.settings.model_name, step, self.between)
 
-    def decide(self, step: int, found: Found) -> tuple[Decision, dict[str, Any]]:
+    def decide(
+        self, step: int, found: Found, final: bool = False
+    ) -> tuple[Decision, dict[str, Any]]:
         """Decide about gold.
 
         Returns:
@@ -127,7 +134,7 @@ class Selection:
             gold.last_gate = found.gate.fields()
         decision = decide(
             gold, Evaluation(step, found.val.loss, train, found.others), self.rules,
-            found.gate.verdict if found.gate else None, wide=self.settings.strict_compat,
+            found.gate.verdict if found.gate else None, wide=self._wide(final),
         )  # fmt: skip
         if decision.save and self.train_cfg.gold_ci:
             gold.windows = {"key": self._windows_key(found), "losses": _packed(found.val.windows)}
@@ -137,6 +144,10 @@ class Selection:
             "gate_metric": found.gate.metric_value if found.gate else None,
         }
         return decision, fields | ({"val_loss_change": interval} if interval else {})
+
+    def _wide(self, final: bool) -> bool:
+        """Whether a block is reported that hit no new minimum."""
+        return self.settings.strict_compat
 
     def _interval(self, gold: GoldState, found: Found) -> dict[str, Any] | None:
         """How much the validation loss changed since gold: the 95 % interval over its windows."""

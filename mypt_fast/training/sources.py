@@ -26,6 +26,7 @@ from mypt_fast.errors import ConfigError, DataError
 from mypt_fast.presets import read_json
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
+from mypt_fast.training.borrowed import Source
 from mypt_fast.training.feed import pinned
 
 PREFETCH = 32  # batches
@@ -39,8 +40,8 @@ class Phase:
 
     name: str
     until: int | None
-    train: Loader
-    val: Loader
+    train: Source
+    val: Source
     source: str
 
 

@@ -59,8 +59,12 @@ class Store:
         log: its event log, whose position is saved with the state.
     """
 
+    keeps = True  # whether anything is saved, gold included
+
     def __init__(self, run: Run, log: EventLog) -> None:
         self.run, self.log, self.settings = run, log, run.settings
+        self.save_dtype: str | None = run.settings.model.save_dtype
+        self.final_dtype: str | None = "fp16"  # of the copy without optimizer; None: no copy
         self.start_step = 0
         self.progress = Progress()
         self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
@@ -85,16 +89,18 @@ class Store:
     def save(self, step: int) -> None:
         """Save the run directory at `step`. A save that fails is logged, not raised."""
         keep = self.settings.train.keep_last
-        self._start(self.settings.run_dir, step, self.settings.model.save_dtype, keep_last=keep)
+        self._start(self.settings.run_dir, step, self.save_dtype, keep_last=keep)
 
     def save_gold(self, step: int) -> None:
         """Save the gold directory, optimizer included: a run can continue from it."""
-        self._start(self.gold_dir, step, self.settings.model.save_dtype)
+        self._start(self.gold_dir, step, self.save_dtype)
 
-    def save_fp16(self, step: int) -> Path:
-        """Save half-precision weights to deploy, without optimizer; returns the directory."""
-        target = self._beside("_fp16")
-        self._start(target, step, "fp16", optimizer=False)
+    def save_final(self, step: int) -> Path | None:
+        """Save weights to deploy, without optimizer, as `<name>_fp16`; returns the directory."""
+        if self.final_dtype is None:
+            return None
+        target = self._beside(f"_{self.final_dtype}")
+        self._start(target, step, self.final_dtype, optimizer=False)
         return target
 
     def before_move(self) -> None:
@@ -315,7 +321,7 @@ class Store:
             self.progress.gold = from_selection_file(gold)
             return
         try:
-            self._restore_manifest(state)
+            self.restore_state(state)
         except (KeyError, TypeError, ValueError) as e:
             raise IntegrityError(
                 f"{saved.path}/manifest.json cannot be used",
@@ -362,7 +368,8 @@ class Store:
                 "start the moments from zero",
             ) from e
 
-    def _restore_manifest(self, state: dict[str, Any]) -> None:
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Restore what a manifest holds beside hashes: RNG, progress, data and log position."""
         rng = {k: _tensor(v) for k, v in state["rng"].items()}
         devices.set_rng_state(rng, self.run.device)
         progress = dict(state["progress"])

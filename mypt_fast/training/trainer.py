@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mypt_fast import console
-from mypt_fast.checkpoint.bundle import check_writable
-from mypt_fast.config import TrainConfig
-from mypt_fast.data.document_loader import Loader
-from mypt_fast.errors import ConfigError, DeviceError, DivergedError
-from mypt_fast.model import GPT
-from mypt_fast.settings import Settings
+from mypt_fast.errors import DeviceError, DivergedError
 from mypt_fast.training import device as devices
-from mypt_fast.training import init_from
 from mypt_fast.training.board import Board
-from mypt_fast.training.events import EventLog
-from mypt_fast.training.feed import next_inputs, step_weight
+from mypt_fast.training.borrowed import Source
+from mypt_fast.training.feed import correction, micro_batches
 from mypt_fast.training.gold import Decision
 from mypt_fast.training.guard import (
     Verdict,
@@ -35,19 +26,18 @@ from mypt_fast.training.guard import (
     judge,
 )
 from mypt_fast.training.journal import Journal
-from mypt_fast.training.optim import adamw, freeze
+from mypt_fast.training.parts import Parts, make, use_compile
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import learning_rate
-from mypt_fast.training.selection import Found, Selection
+from mypt_fast.training.selection import Found
 from mypt_fast.training.signals import StopRequested, StopSignal
-from mypt_fast.training.store import Store
 
 
 @dataclass(frozen=True)
 class Mark:
     """Where a step began, to undo it: nothing else moves before the optimizer does."""
 
-    loader: Loader
+    loader: Source
     position: int
     rng: dict[str, Tensor]
     scaler: dict[str, Any] | None = None  # before the scale was lowered, if it was
@@ -59,12 +49,16 @@ class Trainer:
     Args:
         run: opened data, device and settings; the state of its run directory is restored.
         live: the progress line.
+        parts: a caller's model and optimizer, moved in place; made or restored where None.
+
+    Attributes:
+        final: what the evaluation at the end found.
 
     Raises:
         CheckpointError, IntegrityError: if the run directory cannot be read or written.
     """
 
-    def __init__(self, run: Run, live: console.Live) -> None:
+    def __init__(self, run: Run, live: console.Live, parts: Parts | None = None) -> None:
         self.run, self.live = run, live
         self.settings, self.cfg, self.train_cfg = (
             run.settings,
@@ -73,32 +67,16 @@ class Trainer:
         )
         self.device, self.precision = run.device, run.precision
         self.tokens_per_step = run.settings.global_batch * run.settings.model.block_size
-        check_writable(self.settings.run_dir)
-        self.log = EventLog(log_path(self.settings))
-        self.store = Store(run, self.log)
-        saved = self.store.read()
-        seed = None if saved or self.settings.init_dir else self.train_cfg.seed
-        self.model = GPT(self.cfg, seed, kernels=self.train_cfg.kernels)
-        self.store.model = self.model
-        if saved is not None:
-            self.store.restore_weights(saved)
-        elif self.settings.init_dir:
-            init_from.fill(self.model, self.settings.init_dir, self.train_cfg.seed)
-        self.model.to(self.device).train()
-        freeze(self.model, self.train_cfg)
-        self.optimizer = self.store.optimizer = adamw(self.model, self.train_cfg)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.scaler)
-        self.store.scaler = self.scaler
-        torch.manual_seed(self.train_cfg.seed)  # dropout; weights and data have their own
-        if saved is not None:
-            self.store.restore(saved)
-        else:
-            self.store.start_anew()
+        parts = parts or make(run)
+        self.log, self.store, self.scaler = parts.log, parts.store, parts.scaler
+        self.model, self.optimizer = parts.model, parts.optimizer
+        self._selection = parts.selection
         if use_compile(self.train_cfg, self.device):
             self.model.hidden = torch.compile(self.model.hidden)  # type: ignore[method-assign]
         self.step = self.store.start_step
         self.mark: Mark | None = None  # set while a step is under way
         self.saved_step: int | None = None  # while the run directory holds what is here
+        self.final: Found | None = None
         self.board = None
         if self.train_cfg.tensorboard:
             self.board = Board(self.train_cfg.tensorboard, self.log, self.step)
@@ -112,7 +90,7 @@ class Trainer:
         if stop is None:
             with StopSignal() as stop:
                 return self.train(stop)
-        self.stop = stop
+        self._begin(stop)
         start, end, progress = self.step, self.train_cfg.max_iters, self.store.progress
         if start >= end and progress.last_eval_step >= start:
             console.say(
@@ -120,8 +98,6 @@ class Trainer:
                 "raise --max_iters to continue"
             )
             return 0
-        self.journal = Journal(self.run, self.log, start, self.store.sources())
-        self.selection = Selection(self.run, self.store, stop.raise_if_set)
         try:
             self.journal.start()
             while self.step < end:
@@ -150,6 +126,16 @@ class Trainer:
             if self.board is not None:
                 self.board.close()
         return stop.exit_code
+
+    def evaluate(self) -> Found:
+        """Measure as at the end of a run; nothing is trained, logged or saved."""
+        self._begin(StopSignal())
+        return self._measured(final=True)
+
+    def _begin(self, stop: StopSignal) -> None:
+        self.stop = stop
+        self.journal = Journal(self.run, self.log, self.step, self.store.sources())
+        self.selection = self._selection(self.run, self.store, stop.raise_if_set)
 
     # a step
 
@@ -188,7 +174,7 @@ class Trainer:
         self.live.step(self.step + 1, loss, speed, peak)
         return True
 
-    def _gradients(self, loader: Loader) -> tuple[float, float]:
+    def _gradients(self, loader: Source) -> tuple[float, float]:
         """Loss and gradient norm of the step, the gradients clipped.
 
         Where memory does not suffice or fp16 gradients overflow, the step is made again, from its
@@ -198,6 +184,7 @@ class Trainer:
             try:
                 loss = float(self._accumulate(loader))
                 self.scaler.unscale_(self.optimizer)
+                loss *= self._normalise(loader)
                 clip = self.train_cfg.grad_clip or math.inf
                 norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
             except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
@@ -284,7 +271,7 @@ class Trainer:
                 "the run is saved before it and continues after them; see --nonfinite_limit",
             )
 
-    def _roll_back(self, loader: Loader, reason: str) -> None:
+    def _roll_back(self, loader: Source, reason: str) -> None:
         """Go back to the last checkpoint, and past the data that led here."""
         failed, end, before = self.step, loader.position, self.store.progress.guard
         self.step = self.store.roll_back()
@@ -296,23 +283,32 @@ class Trainer:
         self.journal.rollback(failed, self.step, reason, samples)
         self._save()  # a resume must not meet that data again
 
-    def _accumulate(self, loader: Loader) -> Tensor:
+    def _accumulate(self, loader: Source) -> Tensor:
         """Add up the gradients of the global batch; returns its mean loss per valid token."""
         total = torch.zeros((), device=self.device)
-        left = self.settings.global_batch
-        # of the whole step, known before its first token: accumulation never changes the objective
-        weight = step_weight(loader, self.tokens_per_step)
-        while left:
+        batches = micro_batches(
+            loader, self.run.micro_batch, self.settings.global_batch, self.tokens_per_step,
+            self.device,
+        )  # fmt: skip
+        while True:
             with self.stop.interruptible():
-                inputs = next_inputs(loader, min(self.run.micro_batch, left), self.device)
-                left -= len(inputs["idx"])
+                batch = next(batches, None)
+                if batch is None:
+                    return total
                 with self.precision.autocast():
-                    loss = self.model(**inputs) / weight
+                    loss = self.model.summed_loss(**batch.inputs) / batch.weight
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-            if left:
-                self.live.within(self.step + 1, self.settings.global_batch - left, left)
-        return total
+            if batch.left:
+                self.live.within(self.step + 1, self.settings.global_batch - batch.left, batch.left)
+
+    def _normalise(self, loader: Source) -> float:
+        """Correct the gradients where the step's weight was a guess; returns the factor."""
+        factor = correction(loader)
+        if factor != 1.0:
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, factor)
+        return factor
 
     def _note_phase(self) -> None:
         if self._phase_is_new():
@@ -370,7 +366,9 @@ class Trainer:
         self.saved_step = self.step
 
     def _decide(self, found: Found, final: bool) -> Decision:
-        decision, fields = self.selection.decide(self.step, found)
+        if not self.store.keeps:
+            return Decision(save=False)
+        decision, fields = self.selection.decide(self.step, found, final)
         if found.gate:
             console.say(found.gate.line)
         if found.gate and final:
@@ -383,7 +381,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate once more, promote gold under the same guards, save, write the fp16 copy."""
-        found = self._measured(final=True)
+        found = self.final = self._measured(final=True)
         assert found.train is not None
         found.gate = self.selection.ask_gate(self.step, lambda step: self._save(), final=True)
         self.live.clear()
@@ -395,7 +393,7 @@ class Trainer:
         # the run last: what dies before it is repeated, and made again
         if decision.save:
             self.store.save_gold(self.step)
-        fp16 = self.store.save_fp16(self.step)
+        copy = self.store.save_final(self.step)
         self._save()
         gold = None
         if progress.gold.gold_step is not None and progress.gold.best_gold_val_loss is not None:
@@ -405,8 +403,10 @@ class Trainer:
                 progress.gold.best_gold_val_loss,
             )
         self.store.raise_if_unsaved()
-        for line in console.finished_lines(str(self.settings.run_dir), str(fp16), gold):
-            console.say(line)
+        if self.store.keeps:
+            run_dir = str(self.settings.run_dir)
+            for line in console.finished_lines(run_dir, str(copy) if copy else None, gold):
+                console.say(line)
 
     def _stop_early(self) -> None:
         """Undo the unfinished step and save: the resumed run repeats it exactly."""
@@ -417,39 +417,5 @@ class Trainer:
             self._save()
         self.store.raise_if_unsaved()
         console.say(
-            f"stopped at step {self.step} of {self.train_cfg.max_iters}; continue with "
-            f"`mypt-fast train --model_name {self.settings.model_name}`"
+            f"stopped at step {self.step} of {self.train_cfg.max_iters}; {self.run.how_to_continue}"
         )
-
-
-def log_path(settings: Settings) -> Path:
-    """The JSONL log of a run: as set, else logs/train/<model_name>_eval.jsonl."""
-    default = Path("logs") / "train" / f"{settings.model_name}_eval.jsonl"
-    return Path(settings.train.log_file) if settings.train.log_file else default
-
-
-def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on a GPU; on a CPU a cold compile costs more than it gains."""
-    asked = "--compile on" if cfg.compile == "on" else ""
-    if cfg.kernels == "inductor":
-        asked = "--kernels inductor"
-        if cfg.compile == "off":
-            raise ConfigError(
-                "--kernels inductor is torch.compile's own code",
-                "found --compile off",
-                "drop one of the two",
-            )
-    if asked and device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise ConfigError(
-                f"{asked} needs a C++ compiler on a CPU",
-                f"found no {compiler}",
-                "install one, or drop the flag",
-            )
-    c_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton's launchers need it
-    if asked and device.type == "cuda" and not c_compiler:
-        raise ConfigError(
-            f"{asked} needs a C compiler", "found no cc, gcc or clang", "install one, or drop it"
-        )
-    return bool(asked) or (cfg.compile == "auto" and device.type == "cuda" and c_compiler)

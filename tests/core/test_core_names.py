@@ -82,16 +82,6 @@ PATHS = {
 }
 
 
-def is_written(module):
-    """Whether a submodule exists: several are written at the same time as this one."""
-    return (FOLDER / f"{module}.py").is_file()
-
-
-def unwritten(module):
-    return pytest.mark.xfail(not is_written(module), reason=f"core/{module}.py is not merged yet",
-                             raises=ModuleNotFoundError)  # fmt: skip
-
-
 def module_of(name):
     return core._MODULE_OF[name]
 
@@ -104,23 +94,20 @@ def test_the_table_holds_the_specifications_names_and_no_others():
     assert not {"Head", "MultiHeadAttention"} & set(core.__all__)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=unwritten(module_of(n))) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_name_comes_from_its_module(name):
     module = importlib.import_module(f"mypt_fast.core.{module_of(name)}")
     assert getattr(core, name) is getattr(module, name)
     assert name in dir(core)
 
 
-@pytest.mark.parametrize("module", [pytest.param(m, marks=unwritten(m)) for m in PATHS])
+@pytest.mark.parametrize("module", PATHS)
 def test_every_path_that_scripts_use_is_there(module):
     found = importlib.import_module(f"mypt_fast.core.{module}")
     assert getattr(core, module) is found
     assert [name for name in PATHS[module].split() if not hasattr(found, name)] == []
 
 
-@pytest.mark.xfail(
-    not all(map(is_written, PATHS)), reason="some modules are not merged yet", strict=True
-)
 def test_a_star_import_brings_every_name():
     names: dict = {}
     exec("from mypt_fast.core import *", names)

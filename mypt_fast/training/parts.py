@@ -1,0 +1,101 @@
+"""What a trainer moves: made from settings or from its last checkpoint, or a caller's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mypt_fast.checkpoint.bundle import check_writable
+from mypt_fast.config import TrainConfig
+from mypt_fast.errors import ConfigError
+from mypt_fast.model import GPT
+from mypt_fast.settings import Settings
+from mypt_fast.training import init_from
+from mypt_fast.training.events import EventLog
+from mypt_fast.training.optim import adamw, freeze
+from mypt_fast.training.run import Run
+from mypt_fast.training.selection import Selection
+from mypt_fast.training.store import Store
+
+
+@dataclass
+class Parts:
+    """Model, optimizer and what records them; the trainer does not ask where they come from."""
+
+    log: EventLog
+    store: Store
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    selection: Callable[[Run, Store, Callable[[], None]], Selection] = Selection
+
+    def __post_init__(self) -> None:
+        self.store.model, self.store.optimizer = self.model, self.optimizer
+        self.store.scaler = self.scaler
+
+
+def make(run: Run) -> Parts:
+    """Make a run's model and optimizer, or restore them from its directory.
+
+    Raises:
+        CheckpointError, IntegrityError: if the run directory cannot be read or written.
+    """
+    settings, train_cfg = run.settings, run.settings.train
+    check_writable(settings.run_dir)
+    log = EventLog(log_path(settings))
+    store = Store(run, log)
+    saved = store.read()
+    seed = None if saved or settings.init_dir else train_cfg.seed
+    model = store.model = GPT(settings.model, seed, kernels=train_cfg.kernels)
+    if saved is not None:
+        store.restore_weights(saved)
+    elif settings.init_dir:
+        init_from.fill(model, settings.init_dir, train_cfg.seed)
+    model.to(run.device).train()
+    freeze(model, train_cfg)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.scaler)
+    parts = Parts(log, store, model, adamw(model, train_cfg), scaler)
+    torch.manual_seed(train_cfg.seed)  # dropout; weights and data have their own
+    if saved is not None:
+        store.restore(saved)
+    else:
+        store.start_anew()
+    return parts
+
+
+def log_path(settings: Settings) -> Path:
+    """The JSONL log of a run: as set, else logs/train/<model_name>_eval.jsonl."""
+    default = Path("logs") / "train" / f"{settings.model_name}_eval.jsonl"
+    return Path(settings.train.log_file) if settings.train.log_file else default
+
+
+def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
+    """`auto` compiles on a GPU; on a CPU a cold compile costs more than it gains."""
+    asked = "--compile on" if cfg.compile == "on" else ""
+    if cfg.kernels == "inductor":
+        asked = "--kernels inductor"
+        if cfg.compile == "off":
+            raise ConfigError(
+                "--kernels inductor is torch.compile's own code",
+                "found --compile off",
+                "drop one of the two",
+            )
+    if asked and device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"{asked} needs a C++ compiler on a CPU",
+                f"found no {compiler}",
+                "install one, or drop the flag",
+            )
+    c_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton's launchers need it
+    if asked and device.type == "cuda" and not c_compiler:
+        raise ConfigError(
+            f"{asked} needs a C compiler", "found no cc, gcc or clang", "install one, or drop it"
+        )
+    return bool(asked) or (cfg.compile == "auto" and device.type == "cuda" and c_compiler)

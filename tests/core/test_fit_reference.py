@@ -1,0 +1,158 @@
+"""fit against a plain PyTorch trainer: the same draws, the same losses."""
+
+import numpy as np
+import pytest
+import torch
+from fit_help import (
+    LETTERS,
+    EpisodeLoader,
+    PlainGPT,
+    ShardLoader,
+    TextLoader,
+    config,
+    events,
+    model_of,
+    plain_fit,
+    run,
+    seed_everything,
+)
+
+from mypt_fast import presets
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def both(cfg, loader_of, steps, **options):
+    """Train both from the same weights and seeds; returns losses, validation losses and draws."""
+    ours, plain = model_of(cfg), PlainGPT(cfg)
+    plain.load_state_dict(ours.state_dict())
+    one, two = loader_of(cfg), loader_of(cfg)
+    accum, every = options.get("accum", 1), options.get("eval_interval", 20)
+    run(
+        cfg, one, steps, model=ours, warmup_iters=3, grad_accum_steps=accum, eval_interval=every,
+        eval_seed=options.get("eval_seed"),
+    )  # fmt: skip
+    seed_everything(11)
+    losses, values = plain_fit(plain, two, steps, **options)
+    found = [e["loss"] for e in events("fit.jsonl", "train")]
+    validated = [e["val_loss"] for e in events("fit.jsonl", "eval")]
+    return (found, validated, one.drawn), (losses, values, two.drawn)
+
+
+def trained(drawn):
+    return [entry for entry in drawn if entry[0] == "train"]
+
+
+@pytest.mark.parametrize("loader", [TextLoader, ShardLoader])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_thirty_steps_of_a_plain_trainer(loader, dropout) -> None:
+    ours, plain = both(config(dropout=dropout), loader, 30)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-5)
+    np.testing.assert_allclose(ours[1], plain[1], atol=1e-5)
+    assert ours[0][-1] < ours[0][0] - 0.1  # it learns
+    assert len(plain[2]) == 34  # 30 for training, 2 for each of 2 evaluations
+    assert ours[2][: len(plain[2])] == plain[2]
+
+
+@pytest.mark.parametrize("loader", [TextLoader, ShardLoader])
+def test_accumulation_draws_between_the_dropouts_as_mypt_does(loader) -> None:
+    ours, plain = both(config(dropout=0.2), loader, 8, accum=3)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-5)
+    assert trained(ours[2])[:24] == trained(plain[2])
+
+
+def test_evaluation_windows_are_mypts_for_the_seed_and_training_goes_on_untouched() -> None:
+    """Q-1: with MyPT every interval after an evaluation trains on the same batches."""
+    options = {"eval_interval": 4, "eval_seed": 1337}
+    ours, plain = both(config(), TextLoader, 12, **options)
+    assert ours[2][: len(plain[2])] == plain[2]
+    rows = [tuple(starts) for _, starts in trained(ours[2])[:12]]
+    assert len(set(rows)) == 12
+    windows = [starts for split, starts in ours[2] if split == "val"]
+    assert windows[:2] == windows[2:4] == windows[4:6]
+
+
+def test_strict_compat_repeats_mypts_batches(monkeypatch) -> None:
+    monkeypatch.setenv("MYPT_STRICT_COMPAT", "1")
+    cfg, loader = config(dropout=0.0), TextLoader(config())
+    run(cfg, loader, 12, eval_seed=1337)
+    order = [split for split, _ in loader.drawn[:10]]
+    # val loss, then masked accuracies of train and val that are thrown away, then training
+    assert order == ["val"] * 2 + ["train"] * 2 + ["val"] * 2 + ["train"] * 4
+    intervals = [loader.drawn[n : n + 10] for n in (0, 10, 20)]
+    assert intervals[0] == intervals[1] == intervals[2]
+
+
+def test_strict_compat_without_a_seed_moves_the_generators_on(monkeypatch) -> None:
+    monkeypatch.setenv("MYPT_STRICT_COMPAT", "1")
+    cfg, loader = config(dropout=0.0), TextLoader(config())
+    run(cfg, loader, 8)
+    again = TextLoader(cfg)
+    seed_everything(11)
+    for split, _ in loader.drawn[:20]:
+        again.get_batch(split)
+    assert again.drawn == loader.drawn[:20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loader", "dropout"), [(TextLoader, 0.1), (ShardLoader, 0.0)])
+def test_two_hundred_steps_of_a_plain_trainer(loader, dropout) -> None:
+    cfg = config(dropout=dropout, n_embd=64, n_head=4, n_layer=4, block_size=32, batch_size=8)
+    ours, plain = both(cfg, loader, 200, accum=2)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-4)
+    np.testing.assert_allclose(ours[1], plain[1], atol=1e-4)
+    assert trained(ours[2])[:400] == trained(plain[2])
+
+
+@pytest.mark.slow
+def test_the_shapes_of_tiny_char() -> None:
+    cfg = presets.load("tiny_char").model
+    cfg.device, cfg.vocab_size, cfg.dropout = "cpu", len(LETTERS), 0.1
+    ours, plain = both(cfg, TextLoader, 16, eval_interval=8)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-4)
+    np.testing.assert_allclose(ours[1], plain[1], atol=1e-4)
+    assert trained(ours[2])[:16] == trained(plain[2])
+
+
+class Masked(EpisodeLoader):
+    def __init__(self, cfg):
+        super().__init__(cfg, packed=False)
+
+
+def test_the_loss_of_a_step_is_that_of_its_tokens() -> None:
+    """Q-29: with MyPT a batch with few valid tokens weighs as much as one with many."""
+    cfg = config(dropout=0.0)
+    loader, plain = Masked(cfg), PlainGPT(cfg)
+    plain.load_state_dict(model_of(cfg).state_dict())
+    batches = [loader.get_batch("train") for _ in range(3)]
+    means, weights = (
+        [float(plain(*b).detach()) for b in batches],
+        [float(b[2].sum()) for b in batches],
+    )
+    wanted = np.average(means, weights=weights)
+    assert abs(wanted - np.mean(means)) > 1e-4
+    run(cfg, Masked(cfg), 1, grad_accum_steps=3, learning_rate=0.0)
+    first = events("fit.jsonl", "train")[0]
+    assert first["loss"] == pytest.approx(wanted, abs=1e-5)
+    total = sum(plain(*b) * w for b, w in zip(batches, weights, strict=True)) / sum(weights)
+    total.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    assert first["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_mypts_mean_of_means_is_the_plain_trainers(monkeypatch) -> None:
+    monkeypatch.setenv("MYPT_STRICT_COMPAT", "1")
+    cfg = config(dropout=0.0)
+    ours, plain = model_of(cfg), PlainGPT(cfg)
+    plain.load_state_dict(ours.state_dict())
+    loader = Masked(cfg)
+    run(cfg, loader, 6, model=ours, warmup_iters=3, grad_accum_steps=3, eval_interval=100)
+    skip = Masked(cfg)
+    for _ in range(2):  # drawn for an accuracy
+        skip.get_batch("train")
+    losses, _ = plain_fit(plain, skip, 6, accum=3, eval_interval=100, eval_iters=1)
+    found = [e["loss"] for e in events("fit.jsonl", "train")]
+    np.testing.assert_allclose(found, losses, atol=1e-5)
