@@ -37,6 +37,7 @@ class FirstStart:
             self._log.flush()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._path, {"log": str(self._log.path), "bytes": self._log.position})
+        self._log.close()  # until the first event: a run may yet be refused
         return dropped
 
     def end(self) -> None:
