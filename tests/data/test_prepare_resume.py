@@ -68,7 +68,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+def some(cases: dict[str, Any], quick: tuple[str, ...]) -> list[Any]:
+    """The cases as parameters; two seconds each, so that most are of the slow tier."""
+    return [pytest.param(c, marks=() if c in quick else pytest.mark.slow) for c in cases]
+
+
+@pytest.mark.parametrize("case", some(CASES, ("gpt2", "dedup", "char")))
 def test_killed_anywhere_the_dataset_comes_out_the_same(
     inputs: tuple[str, ...], tmp_path: Path, case: str
 ) -> None:
