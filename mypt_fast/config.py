@@ -190,7 +190,7 @@ class Saturation:
     min_steps_before_check: int = opt(200, "steps before the first check", lo=0)
     min_delta: float = opt(0.002, "smallest gain that counts", lo=0)
     gap_growth_threshold: float = opt(0.01, "train/val gap growth that counts", lo=0)
-    action: str = opt("log", "what to do", choices=("log",))
+    action: str = opt("log", "MyPT only logs, whatever it says, and so does this")
 
 
 @dataclass(kw_only=True)

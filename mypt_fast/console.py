@@ -103,6 +103,45 @@ def gold_blocked_line(val_loss: float, best: float | None, reason: str) -> str:
     return f"  ⚠️  GOLD blocked: val {val_loss:.4f}{below} but {shown}"
 
 
+# MyPT's own words (specification 4.6): what reads the output of its scripts looks for these
+
+
+def mypt_gold_line(
+    strategy: str, val_loss: float, step: int, gate: dict[str, Any], final: bool
+) -> str:
+    """A new best checkpoint; with the gate's words where it was asked."""
+    begin = "GOLD checkpoint updated from final eval:" if final else "GOLD checkpoint!"
+    parts = [f"strategy={strategy}", f"val_loss={val_loss:.4f}", f"step={step}"]
+    shown = [name for name in ("gate_metric", "gate_pass") if gate.get(name) is not None]
+    return f"  {begin} {' '.join([*parts, *(f'{name}={gate[name]}' for name in shown)])}"
+
+
+def mypt_baseline_line(baselines: dict[str, float]) -> str:
+    """What later losses of the eval sets are compared with."""
+    return "  Eval baselines: " + ", ".join(f"{k} {loss:.4f}" for k, loss in baselines.items())
+
+
+def mypt_complete_lines(
+    train: float,
+    val: float,
+    seconds: float,
+    steps: int,
+    tokens: int,
+    gold: tuple[float, int] | None,
+) -> list[str]:
+    """The block at the end; `gold` is the loss and the step of the best checkpoint."""
+    best = f"val_loss={gold[0]:.4f} at step {gold[1]}" if gold else "none"
+    rule = "=" * 60
+    return [
+        "", rule, "TRAINING COMPLETE", rule,
+        f"  Final losses: train {train:.4f}, val {val:.4f}",
+        f"  Time: {seconds / 3600:.2f} h",
+        f"  Tokens: {token_count(tokens)}",
+        f"  Speed: {steps / seconds:.2f} steps/s, {tokens / seconds:,.0f} tokens/s",
+        f"  Best gold: {best}",
+    ]  # fmt: skip
+
+
 def finished_lines(
     run_dir: str, fp16_dir: str | None, gold: tuple[str, int, float] | None
 ) -> list[str]:

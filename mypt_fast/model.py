@@ -36,13 +36,11 @@ class Embedding(nn.Embedding):
         """Do nothing."""
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm, always with weight and bias."""
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm through the kernels, always with weight and bias."""
 
     def __init__(self, width: int, impl: str = "auto") -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        super().__init__(width)
         self.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:

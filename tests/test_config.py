@@ -200,7 +200,6 @@ def test_a_wrong_type_names_the_path_what_was_expected_and_what_was_found(raw, s
         ({"curriculum": {"phases": [{"until_iter": 0}]}}, "phases[0].until_iter is out of range"),
         ({"amp_dtype": "FP16"}, "expected one of bf16, fp16; found 'FP16'; did you mean 'fp16'?"),
         ({"mlp_type": "relu"}, "mlp_type: expected one of gelu, swiglu; found 'relu'"),
-        ({"token_accuracy_saturation": {"action": "stop"}}, "expected one of log; found 'stop'"),
     ],
 )
 def test_a_value_out_of_range_names_the_range(raw, said):
@@ -408,3 +407,11 @@ def test_any_bytes_are_a_config_or_refused_and_nothing_else(tmp_path_factory, co
     else:
         refused = ""
     assert refused == "" or (refused.isprintable() and refused.startswith(str(path)))
+
+
+@pytest.mark.parametrize("action", ["log", "log_only", "stop"])
+def test_an_action_of_saturation_is_taken_as_it_comes(action):
+    """MyPT logs and flags, whatever the word: a config of its must not be refused for one."""
+    _, train, _ = split_flat({"token_accuracy_saturation": {"action": action}}, "mine.json")
+    assert train.token_accuracy_saturation is not None
+    assert train.token_accuracy_saturation.action == action

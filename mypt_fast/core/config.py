@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +86,12 @@ class GPTConfig(ModelConfig):
 
 for _name in OUR_FIELDS:  # dataclasses.fields() and asdict() give what MyPT's GPTConfig(**d) takes
     del GPTConfig.__dataclass_fields__[_name]
+GPTConfig.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # not *args, **kwargs
+    [inspect.Parameter(
+        field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default,
+        annotation=field.type,
+    ) for field in fields(GPTConfig)]
+)  # fmt: skip
 
 
 def default_device() -> str:

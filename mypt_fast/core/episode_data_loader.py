@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,9 +269,9 @@ def _pad_token(tokenizer: Any, given: int | None) -> int:
     """The token that padding shows; the config's own field is not read, as in MyPT."""
     if given is not None:
         return int(given)
-    by_name = getattr(tokenizer, "special_tokens", None)
-    if by_name and "myPT_eot" in by_name:
-        return int(by_name["myPT_eot"])
+    end = _end_token(tokenizer)
+    if end is not None:
+        return end
     if tokenizer is not None and getattr(tokenizer, "token_kind", "gpt2") == "gpt2":
         return GPT2_EOT
     raise UnusableDataError(
@@ -277,3 +279,16 @@ def _pad_token(tokenizer: Any, given: int | None) -> int:
         "the tokenizer has neither <myPT_eot> nor GPT-2's end of text",
         "give pad_token_id",
     )
+
+
+def _end_token(tokenizer: Any) -> int | None:
+    """The id of <myPT_eot>, in whichever way a script's own tokenizer tells it; None for none."""
+    found = []
+    tables = (("special_tokens", "myPT_eot"), ("special_token_encoder", "<myPT_eot>"))
+    for table, key in tables:
+        entries = getattr(tokenizer, table, None)
+        found.append(entries.get(key) if isinstance(entries, Mapping) else None)
+    ask = getattr(tokenizer, "get_special_token_id", None)
+    with contextlib.suppress(KeyError, ValueError):  # as ours and MyPT's say that there is none
+        found.append(ask("myPT_eot") if callable(ask) else None)
+    return next((int(n) for n in found if isinstance(n, Integral)), None)

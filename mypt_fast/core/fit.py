@@ -240,7 +240,7 @@ def _run(model: GPT, settings: Settings) -> Run:
     )
     return Run(
         settings, device, precision, tokenizer, [], {}, settings.model.batch_size, "", 0, 0, 0,
-        prompts=prompts, how_to_continue="run the script again to continue",
+        prompts=prompts, how_to_continue="run the script again to continue", mypt_words=True,
     )  # fmt: skip
 
 

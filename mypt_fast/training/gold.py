@@ -204,8 +204,13 @@ def selection_file(state: GoldState, rules: GoldSelection, step: int) -> dict[st
         "best_gate_metric": state.best_gate_metric,
         "gold_step": state.gold_step,
         "external_gate": {name: getattr(rules.external_gate, name) for name in shown},
-        "last_gate": state.last_gate,
+        "last_gate": _of_gate(state.last_gate),
     }
+
+
+def _of_gate(last: dict[str, Any] | None) -> dict[str, Any] | None:
+    names = ("ran", "ok", "gate_pass", "metric_value", "returncode", "output_json", "error")
+    return None if last is None else {name: last.get(name) for name in names}
 
 
 def from_selection_file(content: object) -> GoldState:

@@ -190,17 +190,22 @@ class Journal:
             "strategy": self.strategy,
             "val_loss": loss6(val),
             "best_gold_val_loss": loss6(state.best_gold_val_loss),
-            **extra,
+            "best_gate_metric": state.best_gate_metric,
         }
+        if self.run.mypt_words and state.evaluations == 1 and state.baselines:
+            console.say(console.mypt_baseline_line(state.baselines))
         if decision.save:
             event = "gold_checkpoint_final_eval" if final else "gold_checkpoint"
-            self.log.write(event, **common, prev_best=loss6(prev))
-            console.say(console.gold_saved_line(val, step))
+            self.log.write(event, **common, **extra, prev_best=loss6(prev))
+            line = console.gold_saved_line(val, step)
+            if self.run.mypt_words:
+                line = console.mypt_gold_line(self.strategy, val, step, extra, final)
+            console.say(line)
         elif decision.reason is not None:
-            self.log.write(
-                "gold_blocked", **common, best_val_loss=loss6(prev), reason=decision.reason
-            )
-            console.say(console.gold_blocked_line(val, prev, decision.reason))
+            fields = {**common, "reason": decision.reason, **extra}
+            self.log.write("gold_blocked", **fields, best_val_loss=loss6(prev))
+            line = console.gold_blocked_line(val, prev, decision.reason)
+            console.say(f"  GOLD blocked: {decision.reason}" if self.run.mypt_words else line)
 
     def gate(self, step: int, fields: dict[str, Any]) -> None:
         """Log the gate of the final evaluation, which has no event of its own."""
@@ -218,7 +223,7 @@ class Journal:
             total_steps=steps,
             total_tokens=tokens,
             steps_per_sec=round(steps / elapsed, 3),
-            tokens_per_sec=round(tokens / elapsed),
+            tokens_per_sec=round(tokens / elapsed, 0),
             final_train_loss=loss6(train),
             final_val_loss=loss6(val),
             best_val_loss=loss6(gold.best_val_loss),
@@ -228,6 +233,13 @@ class Journal:
             gold_step=gold.gold_step,
             **self.sources,
         )
+        if self.run.mypt_words:
+            best = None
+            if gold.best_gold_val_loss is not None and gold.gold_step is not None:
+                best = (gold.best_gold_val_loss, gold.gold_step)
+            for line in console.mypt_complete_lines(train, val, elapsed, steps, tokens, best):
+                console.say(line)
+            return
         console.say(
             f"final: train {train:.4f} | val {val:.4f} | {console.count(tokens)} tokens in "
             f"{console.span(elapsed)} | {tokens / elapsed:,.0f} tokens/s"

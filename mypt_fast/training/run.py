@@ -36,6 +36,7 @@ class Run:
     notices: list[str] = field(default_factory=list)
     prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
     how_to_continue: str = ""  # what a run that was stopped tells
+    mypt_words: bool = False  # scripts that call fit read MyPT's lines, not ours
 
     def close(self) -> None:
         """Let go of the data files."""

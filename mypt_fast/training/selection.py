@@ -139,7 +139,6 @@ class Selection:
         if decision.save and self.train_cfg.gold_ci:
             gold.windows = {"key": self._windows_key(found), "losses": _packed(found.val.windows)}
         fields: dict[str, Any] = {
-            "best_gate_metric": gold.best_gate_metric,
             "gate_pass": found.gate.gate_pass if found.gate else None,
             "gate_metric": found.gate.metric_value if found.gate else None,
         }

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 
@@ -110,3 +111,9 @@ def test_as_one_line():
         "dropout:0.2, bias:False, device:cpu, use_loss_mask:False, tie_weights:False, "
         "save_dtype:None, batch_sampling_mode:epoch"
     )
+
+
+def test_a_signature_names_the_26_fields():
+    parameters = inspect.signature(GPTConfig).parameters
+    assert list(parameters) == [field.name for field in dataclasses.fields(GPTConfig)]
+    assert parameters["n_embd"].default == 384

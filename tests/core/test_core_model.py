@@ -387,3 +387,10 @@ def test_without_a_tokenizer_a_small_vocabulary_is_refused():
     assert model.tokenizer.token_kind == "char"
     assert isinstance(model.tokenizer, Tokenizer)
     assert len(LETTERS) == 13
+
+
+def test_layer_norms_are_torch_s():
+    model = char_model()
+    norms = [model.ln_f, *(norm for block in model.blocks for norm in (block.ln1, block.ln2))]
+    assert all(isinstance(norm, nn.LayerNorm) and norm.eps == 1e-5 for norm in norms)
+    assert not any(isinstance(m, nn.LayerNorm) for m in char_model(**LLAMA).modules())

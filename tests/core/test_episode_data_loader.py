@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -321,3 +322,24 @@ def test_prepared_conversations_open_packed_and_not(tmp_path):
         else:
             assert segments == []
             assert set(x[0, 15:].tolist()) == {50275}
+
+
+def no_end(name):
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "pad"),
+    [
+        (SimpleNamespace(get_special_token_id={"myPT_eot": 77}.__getitem__), 77),
+        (SimpleNamespace(special_token_encoder={"<myPT_eot>": 77}), 77),
+        (SimpleNamespace(special_tokens={"myPT_eot": np.int64(77)}), 77),
+        (SimpleNamespace(get_special_token_id=no_end, special_tokens={}), 50256),
+        (MagicMock(special_tokens={"myPT_eot": 77}), 77),
+        (MagicMock(**{"get_special_token_id.return_value": 77}), 77),
+    ],
+)
+def test_a_script_s_own_tokenizer_tells_its_end_in_any_of_mypt_s_ways(tmp_path, tokenizer, pad):
+    loader = GPTEpisodeDataLoader(config(), tokenizer, dataset(tmp_path))
+    assert loader.pad_token_id == pad
+    assert type(loader.pad_token_id) is int

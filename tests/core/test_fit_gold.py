@@ -154,3 +154,50 @@ def test_the_gate_judges_the_checkpoint_of_its_own_evaluation() -> None:
         ("gold_checkpoint", 0), ("gold_blocked", 1), ("gold_checkpoint", 2),
     ]  # fmt: skip
     assert [e["gold_gate"]["metric_value"] for e in events("fit.jsonl", "eval")] == [0.0, 0.1, 0.2]
+    kept = json.loads(Path("runs/toy/gold_selection_state.json").read_text())["last_gate"]
+    assert list(kept) == [
+        "ran", "ok", "gate_pass", "metric_value", "returncode", "output_json", "error",
+    ]  # fmt: skip
+
+
+def gold_lines(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "GOLD" in line]
+
+
+def test_lines_of_gold_begin_as_mypts(capsys) -> None:
+    """Specification 4.6."""
+    play([5, 4, 4.1, 4.2, 3.9], final=3.0, side=[2.0] * 6)
+    told = capsys.readouterr().out.splitlines()
+    gold = [line for line in told if line.startswith("  GOLD")]
+    assert gold == [
+        "  GOLD checkpoint! strategy=val_loss val_loss=5.0000 step=0",
+        "  GOLD checkpoint! strategy=val_loss val_loss=4.0000 step=1",
+        "  GOLD blocked: trend: 2 consecutive val rises",
+        "  GOLD checkpoint updated from final eval: strategy=val_loss val_loss=3.0000 step=5",
+    ]
+    assert [line for line in told if "baseline" in line] == ["  Eval baselines: side 2.0000"]
+    assert told.count("TRAINING COMPLETE") == 1
+    assert "  Best gold: val_loss=3.0000 at step 5" in told
+
+
+def test_a_gate_is_in_the_line_of_gold(capsys) -> None:
+    Path("gate.py").write_text(GATE)
+    ext = {
+        "enabled": True, "script": "gate.py", "args": ["toy", "{output_json}"],
+        "metric_path": "rate", "run_on_final_eval": False,
+    }  # fmt: skip
+    play([5], gold_selection={"external_gate": ext})
+    line = "  GOLD checkpoint! strategy=val_loss val_loss=5.0000 step=0 gate_metric=0.0"
+    assert f"{line} gate_pass=True" in gold_lines(capsys)
+
+
+def test_fields_of_gold_events_come_in_mypts_order() -> None:
+    play([5, 4, 4.1, 4.2, 3.9])
+    common = ["event", "iter", "timestamp", "strategy", "val_loss", "best_gold_val_loss",
+              "best_gate_metric"]  # fmt: skip
+    gate = ["gate_pass", "gate_metric"]
+    by_kind = {e["event"]: list(e) for e in events("fit.jsonl")}
+    assert by_kind["gold_checkpoint"] == [*common, *gate, "prev_best"]
+    assert by_kind["gold_blocked"] == [*common, "reason", *gate, "best_val_loss"]
+    complete = events("fit.jsonl", "training_complete")[0]
+    assert type(complete["tokens_per_sec"]) is float
