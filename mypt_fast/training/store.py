@@ -69,7 +69,7 @@ class Store:
         self.progress = Progress()
         self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
         self.saver = Saver(saves_beside(run.settings, run.device))
-        self._first = FirstStart(run.settings.run_dir, log)
+        self._first = FirstStart(run.settings.run_dir, log, run.settings.model_name)
         self._snapshot = Snapshot(run.device)
         self._tensors: dict[str, Any] | None = None  # in the snapshot, while they are what is here
         self.model: GPT
@@ -392,7 +392,7 @@ class Store:
                 )
         log = state.get("log") or {}
         if (log.get("run"), log.get("path")) == (self.settings.model_name, str(self.log.path)):
-            dropped = self.log.rewind(int(log["bytes"]))
+            dropped = self.log.rewind(int(log["bytes"]), self.settings.model_name)
             if dropped:
                 console.notice(
                     f"{self.log.path}: {dropped} bytes from after step {self.start_step} dropped; "
