@@ -61,6 +61,8 @@ def staged(
             (aside / LOCK_NAME).unlink(missing_ok=True)
         sync_directory(aside)
         _swap(aside, target)
+        if retire is not None and aside.is_dir():  # what was added since
+            _carry_over(aside, target, owned, merge=True)
         sync_directory(target.parent)
         if retire is not None and aside.is_dir():
             retire(aside)
@@ -202,17 +204,24 @@ def _look_at_lock(folder: Path) -> tuple[bool, bytes]:
         os.close(lock)
 
 
-def _carry_over(source: Path, destination: Path, owned: frozenset[str]) -> None:
-    """Link what is not ours: no copy, and the same inode for whoever has it open."""
+def _carry_over(
+    source: Path, destination: Path, owned: frozenset[str], merge: bool = False
+) -> None:
+    """Link what is not ours: no copy, and the same inode for whoever has it open.
+
+    With `merge`, also into folders that are there already.
+    """
     for entry in os.scandir(source):
         there = destination / entry.name
-        if entry.name in owned or there.exists():
+        is_folder = entry.is_dir(follow_symlinks=False)
+        is_there = os.path.lexists(there) and not (merge and is_folder and there.is_dir())
+        if entry.name in owned or is_there:
             continue
         if entry.is_symlink():
             os.symlink(os.readlink(entry.path), there)
-        elif entry.is_dir():
-            there.mkdir()
-            _carry_over(Path(entry.path), there, frozenset())
+        elif is_folder:
+            there.mkdir(exist_ok=merge)
+            _carry_over(Path(entry.path), there, frozenset(), merge)
         else:
             try:
                 os.link(entry.path, there)

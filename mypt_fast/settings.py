@@ -231,6 +231,9 @@ def _saved(run_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     step = state.get("step")
     if step is not None and (type(step) is not int or step < 0):
         raise ConfigError(f"{state_path}: step: expected a whole number", f"found {shown(step)}")
+    if not isinstance(state.get("training_config") or {}, dict):
+        found = f"found {shown(state['training_config'])}"
+        raise ConfigError(f"{state_path}: training_config: expected an object", found)
     return config, state
 
 

@@ -167,3 +167,24 @@ def test_an_interruption_leaves_what_can_be_continued(target: Path, is_worth_it:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert len(leftovers(target)) == is_worth_it
+
+
+def test_what_a_user_adds_while_the_directory_is_being_swapped_stays(tmp_path, monkeypatch):
+    target = tmp_path / "run"
+    (target / "notes").mkdir(parents=True)
+    (target / "notes" / "old.txt").write_text("old")
+    (target / "ours").write_text("1")
+    sync = publish.sync_directory
+
+    def late(path):
+        if path.name != tmp_path.name:  # after the carrying over, before the swap
+            (target / "late.txt").write_text("mine")
+            (target / "notes" / "late.txt").write_text("mine too")
+        sync(path)
+
+    monkeypatch.setattr(publish, "sync_directory", late)
+    with publish.staged(target, frozenset({"ours"}), retire=lambda old: None) as aside:
+        (aside / "ours").write_text("2")
+    assert (target / "ours").read_text() == "2"
+    found = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
+    assert found == {"ours", "late.txt", "notes/old.txt", "notes/late.txt"}

@@ -283,6 +283,7 @@ def test_unknown_keys_of_a_saved_config_are_another_programs_business(write_run)
         ("training_state.json", '{"step": -1}', "step: expected a whole number; found -1"),
         ("training_state.json", '{"step": true}', "step: expected a whole number; found True"),
         ("training_state.json", '{"training_config": {"max_iters": "9"}}', "max_iters: expected"),
+        ("training_state.json", '{"training_config": [1]}', "training_config: expected an object"),
     ],
 )
 def test_a_damaged_run_is_refused_with_the_files_name(file, content, said, write_run, folder):

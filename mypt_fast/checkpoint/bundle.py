@@ -192,7 +192,7 @@ def write(
             _read_back(aside, files)
             if not target.exists():
                 prune(target, 0)  # snapshots of a run that is gone are not this one's past
-    except (OSError, RuntimeError) as e:  # torch.save reports a failed write as RuntimeError
+    except (OSError, RuntimeError, MemoryError) as e:  # torch.save raises RuntimeError
         found = getattr(e, "strerror", None) or _first_line(e)
         raise CheckpointError(
             f"cannot save {target}", found, "the previous checkpoint is intact; fix this and rerun"

@@ -100,9 +100,16 @@ def install(near: Sequence[Path]) -> None:
 
     What a script leaves running, its threads and exit handlers, may still import.
     """
-    for name in [name for name in sys.modules if name == ALIAS or name.startswith(ALIAS + ".")]:
-        del sys.modules[name]
-    sys.modules[ALIAS] = importlib.import_module(PACKAGE)
+    package = importlib.import_module(PACKAGE)
+    for name, module in list(sys.modules.items()):
+        # of another script's folder, under either name
+        is_theirs = name.startswith(PACKAGE + ".") and not _has(name.split(".")[2])
+        if is_theirs and getattr(package, name.split(".")[2], None) is module:
+            delattr(package, name.split(".")[2])
+        if is_theirs or name == ALIAS or name.startswith(ALIAS + "."):
+            del sys.modules[name]
+    sys.modules[ALIAS] = package
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, CoreFinder)]
     sys.meta_path.insert(0, CoreFinder(near))
 
 

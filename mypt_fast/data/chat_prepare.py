@@ -1,7 +1,7 @@
 """`mypt-fast prepare --chat`: JSONL of conversations to an episode dataset, in two passes.
 
 The first pass hashes the rows, to choose those of validation; the second serialises and writes
-them. Memory holds one row, one packed row a split and 8 bytes a row of the input.
+them. Memory holds one row, one packed row a split and 10 bytes a row of the input.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def prepare_chat(
     paths = [_existing(name) for name in options.chat]
     out_dir = Path(os.path.realpath(options.out_dir))
     serializer = ChatSerializer(tokenizer := Tokenizer.gpt2(), options.system_prompt)
-    hashes = _hashes(paths, progress)
-    is_val = _chosen(hashes, options.val_fraction)
+    hashes, is_good = _hashes(paths, serializer if options.skip_bad_rows else None, progress)
+    is_val = np.zeros(len(hashes), dtype=bool)
+    is_val[is_good] = _chosen(hashes[is_good], options.val_fraction)
     restore(out_dir)
     _refuse_foreign(out_dir, options.overwrite)
     try:
@@ -153,13 +154,28 @@ def _lines(paths: list[Path], phase: str, progress: Progress) -> Iterator[tuple[
     progress(phase, done, total)
 
 
-def _hashes(paths: list[Path], progress: Progress) -> NDArray[np.uint64]:
-    found = array("Q")
+def _hashes(
+    paths: list[Path], judge: ChatSerializer | None, progress: Progress
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """Hash the rows, and say which are good: one that is left out must not be the one of a split.
+
+    Without `judge` all count as good; the first that is not ends the second pass.
+    """
+    found, good = array("Q"), bytearray()
     for _, _, line in _lines(paths, "reading", progress):
         found.append(xxhash.xxh3_64_intdigest(line.strip()))
+        good.append(judge is None or _is_good(judge, line))
     if not found:
         raise DataError(f"--chat {', '.join(map(str, paths))}", "no row", "name JSONL with rows")
-    return np.array(found, dtype=np.uint64)
+    return np.array(found, dtype=np.uint64), np.array(good, dtype=bool)
+
+
+def _is_good(judge: ChatSerializer, line: bytes) -> bool:
+    try:
+        judge.episode(parse_row(line))
+    except BadRowError:
+        return False
+    return True
 
 
 def _chosen(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
@@ -220,11 +236,6 @@ def _build(
         note(f"left out: {len(bad) - _SHOWN} more rows")
     if not writers["train"].episodes:
         raise DataError("--chat", f"no row for training; {len(bad)} bad ones", "mend them")
-    if "val" in writers and not writers["val"].episodes:  # all of them were bad
-        for path in (folder / "val").iterdir():
-            path.unlink()
-        (folder / "val").rmdir()
-        del writers["val"]
     for name in writers:
         sync_directory(folder / name)
     return _metadata(options, writers, digests, len(bad), replays)

@@ -86,14 +86,17 @@ class EventLog:
         """Bytes of whole lines in the file."""
         return self._complete if self._file else 0
 
-    def rewind(self, position: int) -> int:
+    def rewind(self, position: int, run: str = "") -> int:
         """Drop what was logged after `position`: the resumed run logs those steps again.
 
-        Returns the number of bytes dropped: 0 when the file holds less, or when `position` is
-        not the end of a line, so that it is not the file whose position was saved.
+        Returns the number of bytes dropped: 0 when the file holds less, when `position` is
+        not the end of a line, so that it is not the file whose position was saved, or when a
+        run of another name than `run` has begun after it.
         """
         size = self.path.stat().st_size
         if not 0 <= position < size or not _ends_line(self.path, position):
+            return 0
+        if run and _has_another(self.path, position, run):
             return 0
         os.truncate(self.path, position)
         return size - position
@@ -137,7 +140,7 @@ class NoLog(EventLog):
         """Nothing is in it."""
         return 0
 
-    def rewind(self, position: int) -> int:
+    def rewind(self, position: int, run: str = "") -> int:
         """Drop nothing."""
         return 0
 
@@ -171,6 +174,7 @@ def _mend(path: Path) -> None:
 
 
 _BEGIN = b'{"event": "'
+_START = _BEGIN + b'training_start"'
 _LONGEST = 1 << 20
 
 
@@ -188,6 +192,22 @@ def _ends_line(path: Path, position: int) -> bool:
     with open(path, "rb") as f:
         f.seek(position - 1)
         return f.read(1) == b"\n"
+
+
+def _has_another(path: Path, position: int, run: str) -> bool:
+    """Whether a run of another name began after `position`."""
+    with open(path, "rb") as f:
+        f.seek(position)
+        for line in f:
+            if line.startswith(_START):
+                try:
+                    config = json.loads(line).get("config")
+                except ValueError:
+                    continue
+                name = config.get("model_name") if isinstance(config, dict) else None
+                if name not in (None, run):
+                    return True
+    return False
 
 
 def loss6(value: float | None) -> float | None:

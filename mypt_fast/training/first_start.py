@@ -22,17 +22,19 @@ class FirstStart:
     Args:
         run_dir: the run directory.
         log: its event log.
+        run: the run's name in it; default: that of the directory.
     """
 
-    def __init__(self, run_dir: Path, log: EventLog) -> None:
+    def __init__(self, run_dir: Path, log: EventLog, run: str = "") -> None:
         real = Path(os.path.realpath(run_dir))
         self._path, self._log = real.with_name(f".{real.name}.start"), log
+        self._run = run or real.name
 
     def begin(self) -> int:
         """Note where the log of a new run begins; returns the bytes of an earlier start dropped."""
         dropped, entry = 0, self._entry()
         if entry.get("log") == str(self._log.path) and type(entry.get("bytes")) is int:
-            dropped = self._log.rewind(entry["bytes"])
+            dropped = self._log.rewind(entry["bytes"], self._run)
         with contextlib.suppress(OSError):  # a disk that refuses this has its say at the first save
             self._log.flush()
             self._path.parent.mkdir(parents=True, exist_ok=True)

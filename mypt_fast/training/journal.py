@@ -46,6 +46,7 @@ class Journal:
             "training_start",
             schema=SCHEMA,
             config={
+                "model_name": self.run.settings.model_name,
                 "max_iters": tc.max_iters,
                 "start_step": self.start_step,
                 "learning_rate": tc.learning_rate,

@@ -115,7 +115,8 @@ class Selection:
         if not self.settings.allow_gate or not is_due(ext, gold.evaluations, final):
             return None
         save(step)
-        self.store.wait()
+        if not self.store.saved():
+            return GateResult(False, error="the checkpoint could not be saved")
         return run_gate(ext, self.settings.run_dir, self.settings.model_name, step, self.between)
 
     def decide(

@@ -24,7 +24,7 @@ from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.first_start import FirstStart
 from mypt_fast.training.gold import GoldState, from_selection_file, selection_file
-from mypt_fast.training.guard import GuardState
+from mypt_fast.training.guard import GuardState, first_line
 from mypt_fast.training.run import Run
 from mypt_fast.training.saturation import SaturationState, saved_fields
 from mypt_fast.training.saver import Saver, Snapshot, saves_beside
@@ -69,7 +69,7 @@ class Store:
         self.progress = Progress()
         self.unsaved: dict[Path, CheckpointError] = {}  # what could not be saved, by directory
         self.saver = Saver(saves_beside(run.settings, run.device))
-        self._first = FirstStart(run.settings.run_dir, log)
+        self._first = FirstStart(run.settings.run_dir, log, run.settings.model_name)
         self._snapshot = Snapshot(run.device)
         self._tensors: dict[str, Any] | None = None  # in the snapshot, while they are what is here
         self.model: GPT
@@ -114,8 +114,6 @@ class Store:
         for (target, step), error in self.saver.finished():
             if error is None:
                 self.unsaved.pop(target, None)
-                if target == self.settings.run_dir:
-                    self._first.end()
             elif isinstance(error, CheckpointError):
                 self.unsaved[target] = error
                 console.notice(f"step {step}: {error.what}; {error.found}; training goes on")
@@ -128,6 +126,11 @@ class Store:
         """Wait for the saves under way, and report them."""
         self.saver.wait()
         self.report()
+
+    def saved(self) -> bool:
+        """Wait likewise; returns whether the run directory's last save succeeded."""
+        self.wait()
+        return self.settings.run_dir not in self.unsaved
 
     def close(self) -> None:
         """Wait for the saves under way; whoever asks for more starts anew."""
@@ -161,6 +164,8 @@ class Store:
         self.log.sync()
         self._snapshot.wait()
         bundles.write(target, **content)
+        if target == self.settings.run_dir:
+            self._first.end()
 
     def _content(
         self,
@@ -171,15 +176,7 @@ class Store:
         keep_last: int = 0,
     ) -> dict[str, Any]:
         """What `bundle.write` takes, as it is now: tensors copied where training goes on."""
-        tensors = self._tensors
-        if tensors is None:
-            tensors = {
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()
-            }  # fmt: skip
-            if self.saver.beside:
-                self.wait()  # for the snapshot before
-                tensors = self._tensors = self._snapshot.take(tensors)
-        assert tensors is not None
+        tensors = self._tensors or self._here()
         preset = self.settings.preset_path
         return {
             "config": self.settings.model.to_dict(),
@@ -193,6 +190,19 @@ class Store:
             "state": self._resume_state(step) if optimizer else {"step": step},
             "keep_last": keep_last,
         }
+
+    def _here(self) -> dict[str, Any]:
+        """Tensors as they are: copied for the thread, themselves where the training saves."""
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if not self.saver.beside:
+            return tensors
+        self.wait()  # for the snapshot before
+        try:
+            self._tensors = self._snapshot.take(tensors)
+        except (MemoryError, RuntimeError) as e:
+            console.notice(f"note: no memory to copy for a save ({first_line(e)}): saves wait")
+            self.saver.beside, self._snapshot = False, Snapshot(self.run.device)
+        return self._tensors or tensors
 
     def _training_state(self, step: int, dtype: str | None, optimizer: bool) -> dict[str, Any]:
         cfg = self.settings.model
@@ -392,7 +402,7 @@ class Store:
                 )
         log = state.get("log") or {}
         if (log.get("run"), log.get("path")) == (self.settings.model_name, str(self.log.path)):
-            dropped = self.log.rewind(int(log["bytes"]))
+            dropped = self.log.rewind(int(log["bytes"]), self.settings.model_name)
             if dropped:
                 console.notice(
                     f"{self.log.path}: {dropped} bytes from after step {self.start_step} dropped; "

@@ -103,9 +103,7 @@ class Trainer:
             while self.step < end:
                 self.stop.raise_if_set()
                 self.store.report()
-                if self.stop.save_requested():
-                    self._save()
-                    self.store.wait()
+                if self.stop.save_requested() and self._saved() == "saved":
                     console.say(f"saved at step {self.step}, as SIGUSR2 asked")
                 if self._evaluation_is_due():
                     self._evaluate()
@@ -214,12 +212,11 @@ class Trainer:
         """Halve the micro-batch; the resumed run keeps it, typed or not."""
         was = self.run.micro_batch
         if was == 1:
-            self._save()
-            self.store.wait()
             raise DeviceError(
                 f"out of memory at step {self.step} with one sequence per forward",
                 found,
-                "pass --use_checkpoint, free memory, or train a smaller model; the run is saved",
+                "pass --use_checkpoint, free memory, or train a smaller model; "
+                f"the run is {self._saved()}",
             )
         self.run.micro_batch = rows = was // 2
         if self.train_cfg.micro_batch_size:
@@ -263,12 +260,11 @@ class Trainer:
         if verdict.action == "rollback":
             self._roll_back(loader, verdict.reason)
         elif verdict.action == "stop":
-            self._save()
-            self.store.wait()
             raise DivergedError(
                 f"step {self.step}: {verdict.reason}",
                 f"samples {samples[0]} to {samples[1] - 1} of the training data",
-                "the run is saved before it and continues after them; see --nonfinite_limit",
+                f"the run is {self._saved()} before it and continues after them; "
+                "see --nonfinite_limit",
             )
 
     def _roll_back(self, loader: Source, reason: str) -> None:
@@ -364,6 +360,13 @@ class Trainer:
     def _save(self) -> None:
         self.store.save(self.step)
         self.saved_step = self.step
+
+    def _saved(self) -> str:
+        """Save and wait; returns what a message says of it."""
+        self._save()
+        if not self.store.keeps:
+            return "not kept"
+        return "saved" if self.store.saved() else "NOT saved: the disk refused"
 
     def _decide(self, found: Found, final: bool) -> Decision:
         if not self.store.keeps:

@@ -387,3 +387,21 @@ def test_two_processes_of_torchrun_run_the_script(project):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 ['--x']", "rank 1 ['--x']"]
+
+
+def test_a_second_script_in_one_process_sees_nothing_of_the_firsts_folder(project):
+    """As a test of the user's does that calls main() twice."""
+    driver = """\
+        from mypt_fast.cli import main
+
+        main(["run", "a/s.py"])
+        main(["run", "b/s.py"])
+        main(["run", "c/s.py"])
+        """
+    use = "import core.rag\nprint(core.rag.X)\n"
+    folder = project({
+        "driver.py": driver, "a/s.py": use, "a/core/rag.py": "X = 'a'", "b/s.py": use,
+        "b/core/rag.py": "X = 'b'", "c/s.py": "try:\n    import core.rag\nexcept ImportError as e:"
+        "\n    print(e.name)\n",
+    })  # fmt: skip
+    assert shown(["driver.py"], folder, mypt=False).split() == ["a", "b", "core.rag"]

@@ -11,6 +11,7 @@ import pytest
 from mypt_fast.cli import main
 from mypt_fast.data.chat import BadRowError, ChatSerializer
 from mypt_fast.data.chat_files import EpisodeWriter
+from mypt_fast.data.chat_prepare import ChatOptions, prepare_chat
 from mypt_fast.data.format.verify import verify_dataset
 from mypt_fast.tokenizer import Tokenizer
 
@@ -281,3 +282,17 @@ def test_nothing_but_an_episode_dataset_is_replaced_and_that_only_when_asked(cap
     assert read("train")["tokens"].tolist() == before
     assert prepare("a.jsonl", "--overwrite") == 0
     assert len(read("train")["tokens"]) > len(before)
+
+
+def test_rows_that_are_left_out_are_of_neither_split(tmp_path, monkeypatch):
+    """Whatever their hashes: the good rows are parted among themselves."""
+    monkeypatch.chdir(tmp_path)
+    good = [{"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant",
+            "content": "b"}]} for n in range(2)]  # fmt: skip
+    for bad in range(20):
+        rows = [*map(json.dumps, good), *(f"no JSON {bad} {n}" for n in range(3))]
+        Path("mixed.jsonl").write_text("\n".join(rows))
+        options = ChatOptions("out", ("mixed.jsonl",), skip_bad_rows=True, overwrite=True)
+        made = prepare_chat(options)
+        assert (made["num_train_episodes"], made["num_val_episodes"]) == (1, 1)
+        assert made["num_bad_rows"] == 3

@@ -175,3 +175,54 @@ def test_saves_run_beside_where_memory_has_room(monkeypatch, asked, device, free
     settings.train.async_save = asked
     monkeypatch.setattr(saver.devices, "free_bytes", lambda _: free)
     assert saves_beside(settings, torch.device(device)) is beside
+
+
+def test_a_copy_that_memory_has_no_room_for_is_not_made(train, monkeypatch, capsys) -> None:
+    """The saves are made by the training itself then, and none is lost."""
+    assert train("whole", *SAVES) == 0
+    take, calls = Snapshot.take, []
+
+    def none_at_the_third(self, content):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return take(self, content)
+
+    monkeypatch.setattr(Snapshot, "take", none_at_the_third)
+    assert train("parts", *SAVES, "--async_save", "on") == 0
+    assert len(calls) == 3
+    assert "saves wait" in capsys.readouterr().err
+    assert_same_run("whole", "parts")
+
+
+def test_a_save_that_runs_out_of_memory_is_a_save_that_failed(train, monkeypatch) -> None:
+    save = bundle.torch.save
+
+    def short(content, f):
+        if len(failed) < 2 and "state_dict" in content:
+            failed.append(1)
+            raise MemoryError
+        save(content, f)
+
+    failed: list[int] = []
+    monkeypatch.setattr(bundle.torch, "save", short)
+    assert train("parts", *SAVES, "--async_save", "on") == 0
+    assert [e["error"] for e in events("parts", "save_failed")] == ["MemoryError"] * 2
+    assert bundle.read(Path("checkpoints/parts")).training_state["step"] == 12
+
+
+def test_an_error_that_nobody_foresaw_ends_the_run_and_leaves_the_last_state(
+    train, monkeypatch
+) -> None:
+    write = store.bundles.write
+
+    def odd(target, **content):
+        if content["training_state"]["step"] == 3:
+            raise TypeError("not JSON")
+        write(target, **content)
+
+    monkeypatch.setattr(store.bundles, "write", odd)
+    assert train("parts", *SAVES, "--async_save", "on") == 1
+    assert not [t for t in threading.enumerate() if t.name.startswith("mypt-fast-save")]
+    assert bundle.read(Path("checkpoints/parts")).training_state["step"] == 0
+    assert not Path("checkpoints/.parts.start").exists()

@@ -87,3 +87,27 @@ def test_only_a_note_of_this_log_drops_anything(tmp_path, note, dropped) -> None
     assert json.loads(mark.read_text()) == {"log": str(path), "bytes": 12 - dropped}
     start.end()
     assert not mark.exists()
+
+
+def test_what_another_run_wrote_into_a_shared_log_is_not_dropped(train) -> None:
+    shared = ("--log_file", "logs/all.jsonl")
+
+    def starts() -> list[str]:
+        lines = Path("logs/all.jsonl").read_text().splitlines()
+        found = [e for e in map(json.loads, lines) if e["event"] == "training_start"]
+        return [e["config"]["model_name"] for e in found]
+
+    with pytest.MonkeyPatch.context() as patched:
+
+        def never(target, **content):
+            raise Killed
+
+        patched.setattr(store.bundles, "write", never)
+        with pytest.raises(Killed):
+            train("run", "--async_save", "off", *shared)
+    assert train("other", *shared) == 0
+    assert train("run", "--max_iters", "6", *shared) == 0
+    assert starts() == ["run", "other", "run"]
+    assert train("other", "--max_iters", "14", resume=True) == 0
+    assert train("run", "--max_iters", "14", resume=True) == 0
+    assert starts() == ["run", "other", "run", "other", "run"]

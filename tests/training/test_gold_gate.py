@@ -13,7 +13,8 @@ from test_resume import Killed, assert_same_run
 from mypt_fast.checkpoint import bundle
 from mypt_fast.checkpoint.manifest import SEAL, seal
 from mypt_fast.config import ExternalGate
-from mypt_fast.training import selection
+from mypt_fast.errors import CheckpointError
+from mypt_fast.training import selection, store
 from mypt_fast.training.gate import GateResult, deep_get, is_due, run_gate
 from mypt_fast.training.signals import StopRequested
 
@@ -305,3 +306,22 @@ def test_a_signal_while_the_gate_runs_saves_and_stops(train, monkeypatch) -> Non
         log = Path(f"logs/train/{name}_eval.jsonl")
         log.write_text(log.read_text().replace("checkpoints/parts/", "checkpoints/whole/"))
     assert_same_run("whole", "parts")
+
+
+def test_a_checkpoint_that_could_not_be_saved_is_not_judged(train, monkeypatch, capsys) -> None:
+    """The one before it is still there, and would be judged in its place."""
+    write = store.bundles.write
+
+    def not_at_five(target, **content):
+        if content["training_state"]["step"] == 5:
+            raise CheckpointError(f"cannot save {target}", "No space left on device")
+        write(target, **content)
+
+    monkeypatch.setattr(store.bundles, "write", not_at_five)
+    assert train("a", *gated(), "--allow_gate") == 0
+    assert Path("asked").read_text() == "0 10 12 "
+    at_five = events("a", "eval")[1]["gold_gate"]
+    assert (at_five["ran"], at_five["gate_pass"]) == (False, False)
+    assert at_five["error"] == "the checkpoint could not be saved"
+    assert "  gate: no (the checkpoint could not be saved)" in capsys.readouterr().out
+    assert [e["iter"] for e in events("a", "gold_checkpoint")] == [10]

@@ -14,6 +14,7 @@ from test_resume import assert_same_run
 from mypt_fast.checkpoint import bundle
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.model import GPT
+from mypt_fast.training import store
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.signals import EXIT_CODES, StopRequested, StopSignal
 from mypt_fast.training.store import Store
@@ -166,3 +167,24 @@ def test_a_second_sigint_ends_a_process_that_is_stuck(first: int) -> None:
         process.send_signal(signal.SIGINT)
         assert b"stopped at once" in process.stderr.read()
     assert process.returncode == 130
+
+
+def test_a_save_that_was_asked_for_and_failed_is_not_called_one(train, monkeypatch, capsys) -> None:
+    write, step = store.bundles.write, Journal.step
+
+    def asked(self: Journal, number: int, *rest) -> None:
+        step(self, number, *rest)
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    def not_at_seven(target, **content):
+        if content["training_state"]["step"] == 7:
+            raise store.CheckpointError(f"cannot save {target}", "No space left on device")
+        write(target, **content)
+
+    monkeypatch.setattr(Journal, "step", asked)
+    monkeypatch.setattr(store.bundles, "write", not_at_seven)
+    assert train("asked") == 0
+    said = capsys.readouterr()
+    assert "saved at step 7" not in said.out
+    assert "step 7: cannot save" in said.err
