@@ -63,6 +63,9 @@ class Operators:
         self.dropout = cfg.dropout > 0
         # PyTorch's flash attention for the CPU has no dropout: the matrix is made as a whole
         self.matrix = self.cpu and self.dropout
+        self.saves = not self.policy.blocks  # what the forward makes is kept for the backward
+        # of one sequence it reads v where it lies; of several it makes a copy
+        self.keeps_v = self.matrix and B == 1 and not self.amp
         self.accumulates = setup.rows < setup.sequences
         norm = C if self.rms else 2 * C
         qkv, proj = 3 * C * C, C * C
@@ -111,6 +114,8 @@ class Operators:
             t.hold("wide", "activations", 4 * n)
         t.hold(key + ".y", "activations", self.a * n)
         t.drop("wide", "dropped")
+        if not self.saves:
+            t.drop(key + ".unit", key + ".stats")
 
     def join_backward(self, layer: int, site: str, *, adds: bool, later: bool) -> None:
         """From "dy" and (`later`) "dh", the gradient of h that came from above, to "dh"."""
@@ -168,7 +173,7 @@ class Operators:
         self._copy(layer, "proj", self.sizes["proj"])
         t.hold("attended", "activations", a * n)
         if self.matrix:
-            t.drop(key + ".qkv", key + ".q", key + ".k")
+            t.drop(key + ".q", key + ".k", "" if self.keeps_v else key + ".qkv")
 
     def _matrix_attention(self, key: str) -> None:
         """PyTorch's plain attention, in fp32, as a CPU runs it beside dropout."""
@@ -184,9 +189,11 @@ class Operators:
         t.touch(square)
         t.hold(key + ".noise", "activations", square)
         t.hold(key + ".dropped", "activations", square)
+        if not self.saves:
+            t.drop(key + ".qk", key + ".probabilities", key + ".noise")
         if self.amp:
             t.hold("rounded", "activations", self.a * self.square)
-        t.hold(key + ".v", "activations", 4 * n)
+        t.hold(key + ".v", "activations", 0 if self.keeps_v else 4 * n)
         t.touch((4 + self.a * self.amp) * n)
         t.drop("wide", "scaled", "rounded")
         t.hold(key + ".out", "activations", self.a * n)
@@ -211,7 +218,7 @@ class Operators:
             t.touch(square)
             t.drop(key + ".probabilities")
             t.hold("dqk", "activations", 8 * n)
-            t.drop("dprobabilities", key + ".qk")
+            t.drop("dprobabilities", key + ".qk", key + ".qkv")
             t.touch((8 + 3 * a) * n)
             t.drop("dv", "dqk")
             t.hold("dqkv", "activations", 3 * a * n)
@@ -251,6 +258,8 @@ class Operators:
             t.hold(key + ".gate", "activations", a * f)
             t.hold(key + ".silu", "activations", a * f)
         t.hold(key + ".h", "activations", a * f)
+        if not self.saves:
+            t.drop(key + ".pre", key + ".gate", key + ".silu")
         self._copy(layer, "down", self.sizes["down"])
         t.hold("branch.new", "activations", a * self.n)
 

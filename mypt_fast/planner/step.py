@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mypt_fast import accounting
 from mypt_fast.planner import table
-from mypt_fast.planner.operators import Operators, Setup
+from mypt_fast.planner.operators import BYTES, Operators, Setup
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,23 @@ def peak(setup: Setup) -> Peak:
     return Peak(parts, step.tape.when, setup.device)
 
 
+def padded_vocab(vocab: int) -> int:
+    """Columns of the head's buffer."""
+    return -(-vocab // table.ALIGNMENT) * table.ALIGNMENT
+
+
+def chunk_rows(setup: Setup) -> int:
+    """Rows of logits at a time, as `kernels/chunked_head.py` chooses them."""
+    cpu, rows = setup.device == "cpu", setup.chunk
+    if rows is None:
+        limit = table.CPU_CHUNK_BYTES if cpu else table.GPU_CHUNK_BYTES
+        fitting = limit // (BYTES[setup.dtype] * padded_vocab(setup.cfg.vocab_size))
+        rows = max(table.MIN_CHUNK_ROWS, fitting)
+        rows = rows if cpu else min(rows, table.CHUNK_ROWS[0])
+    tokens = setup.rows * setup.cfg.block_size
+    return -(-tokens // -(-tokens // rows))
+
+
 class Step(Operators):
     """Plays the scripts in the order of a step.
 
@@ -86,7 +103,7 @@ class Step(Operators):
                 t.drop(f"{layer}.copy.qkv", f"{layer}.copy.proj")
                 t.drop(f"{layer}.copy.up", f"{layer}.copy.down")
             t.gain("weight_copies", -counted * kept.pop("weight_copies", 0.0))
-        t.now = "backward"
+        t.now, self.saves = "backward", True
         self._head_backward()
         self.join_backward(L, "ln_f", adds=True, later=False)
         for layer in reversed(played):
@@ -130,18 +147,6 @@ class Step(Operators):
         t.drop("dembedding")
         self._gradient("vocab", self.vocab)
 
-    def _chunk_bytes(self) -> tuple[int, int]:
-        """Rows of a chunk of logits, and the bytes of its buffer."""
-        padded = -(-self.cfg.vocab_size // table.ALIGNMENT) * table.ALIGNMENT
-        rows = self.setup.chunk
-        if rows is None:
-            limit = table.CPU_CHUNK_BYTES if self.cpu else table.GPU_CHUNK_BYTES
-            rows = max(table.MIN_CHUNK_ROWS, limit // (self.a * padded))
-            rows = rows if self.cpu else min(rows, table.CHUNK_ROWS[0])
-        chunks = -(-self.tokens // rows)
-        rows = -(-self.tokens // chunks)
-        return rows, self.a * rows * padded
-
     def _head(self) -> None:
         t, V = self.tape, self.cfg.vocab_size
         t.now = "head"
@@ -149,7 +154,8 @@ class Step(Operators):
             t.hold("head.copy", "head", self.a * self.vocab)
         t.hold("dy", "head", self.a * self.n)
         t.hold("dhead", "head", 4 * (self.vocab + V))
-        rows, buffer = self._chunk_bytes()
+        rows = chunk_rows(self.setup)
+        buffer = self.a * rows * padded_vocab(self.cfg.vocab_size)
         if self.cpu and self.amp:
             buffer += 4 * min(rows, table.TILE_ROWS) * V
             buffer += 2 * self.vocab if self.setup.dtype == "bf16" else 0

@@ -19,7 +19,6 @@ class Layout:
         gradient: as accumulated over micro-batches.
         moments: both together.
         exact: whether a step equals the one with fp32 master, gradients and moments bit for bit.
-        step_traffic: bytes a parameter that the optimizer reads and writes in a step.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Layout:
 
     @property
     def step_traffic(self) -> float:
-        """Bytes a parameter read and written by a step: gradients are read, the rest also written."""
+        """Bytes a parameter that the optimizer moves: gradients are read, the rest also written."""
         return self.gradient + 2 * (self.weight + self.remainder + self.moments)
 
 
@@ -120,6 +119,8 @@ CONTEXT_BYTES = GIB // 2
 SLACK_SHARE = 0.03
 # Of a card's nominal memory: what the driver keeps (a 16 GB card shows 15.9 and less).
 DRIVER_SHARE = 1 / 64
+# Of what is left: room for the prediction's error (docs/decisions.md).
+MARGIN_SHARE = 0.02
 
 # The head's chunk of logits, as kernels/chunked_head.py chooses it
 CHUNK_ROWS = (2048, 1024, 512)  # the first is the default on a GPU
