@@ -95,6 +95,7 @@ class Step(Operators):
             if layer == 1 and counted:
                 kept = {part: now - before[part] for part, now in t.snapshot().items()}
                 self._count(kept, counted)
+        self.saves = True
         self.join(L, "ln_f", adds=True)
         t.drop("branch")
         self._head()
@@ -103,7 +104,7 @@ class Step(Operators):
                 t.drop(f"{layer}.copy.qkv", f"{layer}.copy.proj")
                 t.drop(f"{layer}.copy.up", f"{layer}.copy.down")
             t.gain("weight_copies", -counted * kept.pop("weight_copies", 0.0))
-        t.now, self.saves = "backward", True
+        t.now = "backward"
         self._head_backward()
         self.join_backward(L, "ln_f", adds=True, later=False)
         for layer in reversed(played):
