@@ -34,22 +34,19 @@ def copy_gb_per_s(device: torch.device, seconds: float) -> float:
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, budget: float) -> float:
-    """The shortest time of a call, after one to warm up, over about `budget` seconds.
+    """The shortest time of a call, over about `budget` seconds of them, at least two.
 
-    The shortest: other programs only ever add. At least two calls, however slow.
+    The first call warms up and does not count. The shortest: other programs only ever add.
     """
+    run()
     times: list[float] = []
-    spent = 0.0
-    while len(times) < 3 or spent < budget:
+    while len(times) < 2 or sum(times) < budget:
         _settle(device)
         began = time.perf_counter()
         run()
         _settle(device)
         times.append(time.perf_counter() - began)
-        spent += times[-1]
-        if len(times) >= 2 and spent >= 2 * budget:
-            break
-    return max(min(times[1:]), 1e-9)
+    return max(min(times), 1e-9)
 
 
 def _settle(device: torch.device) -> None:

@@ -81,15 +81,26 @@ class Operators:
 
     # small words
 
-    def _gradient(self, name: str, count: int | None = None) -> None:
-        """The gradient of a weight comes: in the dtype of the matmul first."""
+    def _made(self, name: str, count: int | None = None) -> None:
+        """The gradient of a weight comes, in the dtype of the matmul."""
         elements = (self.sizes[name] if count is None else count) + self.biases.get(name, 0)
-        own = self.layout.gradient
-        made = 4 if name in ("norm", "vocab") else self.a
-        if made != own or self.accumulates:
-            self.tape.touch(made * elements + (own * elements if made != own else 0))
+        made = 4 if name in ("norm", "vocab", "position") else self.a
+        self.tape.hold(f"dweight.{name}", "gradients", made * elements)
+
+    def _settle(self, name: str, count: int | None = None) -> None:
+        """It takes its own dtype, and is added to those of earlier micro-steps."""
+        elements = (self.sizes[name] if count is None else count) + self.biases.get(name, 0)
+        made = 4 if name in ("norm", "vocab", "position") else self.a
+        own = self.layout.gradient * elements
+        if made != self.layout.gradient:
+            self.tape.touch(own)
+        self.tape.drop(f"dweight.{name}")
         if not self.accumulates:
-            self.tape.gain("gradients", own * elements)
+            self.tape.gain("gradients", own)
+
+    def _gradient(self, name: str, count: int | None = None) -> None:
+        self._made(name, count)
+        self._settle(name, count)
 
     def _copy(self, layer: int, name: str, elements: int) -> None:
         """Hold the 16-bit copy of a fp32 weight that the matmul of the backward reads, too."""
@@ -102,8 +113,8 @@ class Operators:
         """Forward of h = x + dropout(branch) and its norm."""
         t, key, n = self.tape, f"{layer}.{site}", self.n
         if adds:
+            self.mask(key)
             if self.dropout and self.cpu:
-                t.hold(key + ".mask", "activations", self.a * n)
                 t.hold("dropped", "activations", self.a * n)
             t.hold(key + ".h", "activations", self.r * n)
         t.hold(key + ".stats", "activations", (4 if self.rms else 8) * self.tokens)
@@ -116,6 +127,13 @@ class Operators:
         t.drop("wide", "dropped")
         if not self.saves:
             t.drop(key + ".unit", key + ".stats")
+
+    def mask(self, key: str) -> None:
+        """Hold what the backward of a residual dropout reads; a seed instead takes no memory."""
+        if self.dropout and (self.cpu or self.build.dropout_masks):
+            size = self.a if self.cpu else 1
+            self.tape.hold(key + ".mask", "activations", size * self.n)
+            self.tape.touch(self.a * self.n)
 
     def join_backward(self, layer: int, site: str, *, adds: bool, later: bool) -> None:
         """From "dy" and (`later`) "dh", the gradient of h that came from above, to "dh"."""
@@ -201,11 +219,11 @@ class Operators:
     def attention_backward(self, layer: int) -> None:
         """From "dh", or "dbranch" where it differs, to "dy" of the norm before."""
         t, key, n, a = self.tape, f"{layer}.sa", self.n, self.a
-        self._gradient("proj")
+        self._made("proj")
         t.hold("dout", "activations", a * n)
-        t.drop("dbranch", f"{layer}.copy.proj")
+        t.drop("dbranch", f"{layer}.copy.proj", key + ".out" if self.matrix else "")
+        self._settle("proj")
         if self.matrix:
-            t.drop(key + ".out")
             square = 4 * self.square
             if self.amp:
                 t.drop("dout")
@@ -229,9 +247,10 @@ class Operators:
                 t.touch((12 if self.amp else 8) * n)
             t.hold("dqkv", "activations", 3 * a * n)
             t.drop("dq, dk, dv")
-        self._gradient("qkv")
+        self._made("qkv")
         t.hold("dy", "activations", a * n)
-        t.drop("dqkv", f"{layer}.copy.qkv")
+        t.drop("dqkv", f"{layer}.copy.qkv", f"{layer}.ln1.y")
+        self._settle("qkv")
 
     # feed-forward
 
@@ -283,8 +302,9 @@ class Operators:
             return
         t, key, af = self.tape, f"{layer}.mlp", self.a * self.f
         t.hold("dhidden", "activations", af)
-        self._gradient("down")
+        self._made("down")
         t.drop("dbranch", f"{layer}.copy.down", key + ".h")
+        self._settle("down")
         if self.swiglu:
             t.hold("dsilu", "activations", af)
             t.hold("dpre", "activations", af)
@@ -296,9 +316,10 @@ class Operators:
         else:
             t.hold("dpre", "activations", af)
             t.drop("dhidden", key + ".pre")
-        self._gradient("up")
+        self._made("up")
         t.hold("dy", "activations", self.a * self.n)
-        t.drop("dpre", "dgate", f"{layer}.copy.up")
+        t.drop("dpre", "dgate", f"{layer}.copy.up", f"{layer}.ln2.y")
+        self._settle("up")
         if self.swiglu:
             t.touch(self.a * self.n)
             t.drop("dy2")

@@ -218,21 +218,15 @@ class Step(Operators):
         size = self.r * self.n if kept else 0
         self.tape.hold(f"{layer}.{site}", "activations", size)
 
-    def _mask(self, layer: int, site: str) -> None:
-        if self.dropout and (self.cpu or self.build.dropout_masks):
-            size = self.a if self.cpu else 1
-            self.tape.hold(f"{layer}.{site}.mask", "activations", size * self.n)
-            self.tape.touch(self.a * self.n)
-
     def _block_remade(self, layer: int) -> None:
         t = self.tape
         if layer:
-            self._mask(layer, "x1")
+            self.mask(f"{layer}.x1")
             self._residual(layer, "x1")
         self.join(layer, "ln1", adds=False)
         self.attention(layer)
         self._forget(layer, "sa", "ln1")
-        self._mask(layer, "x2")
+        self.mask(f"{layer}.x2")
         self._residual(layer, "x2")
         self.join(layer, "ln2", adds=False)
         self.mlp(layer)

@@ -98,7 +98,8 @@ class Build:
         rope_keeps_qkv: whether v stays a view of the packed projection, which then stays whole
             beside the rotated q and k.
         block_residuals: residual streams a block keeps when it is made again.
-        dropout_masks: whether blocks that are made again keep their dropout masks, a byte each.
+        dropout_masks: whether residual dropout on a GPU keeps its mask, a byte an element; drawn
+            from a seed in the norm's kernel it keeps none.
     """
 
     residual: int = 4

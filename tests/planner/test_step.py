@@ -68,7 +68,9 @@ def test_the_simulated_micro_batches(case):
     assert live == pytest.approx(SIMULATED_750M[case], rel=0.035)
 
 
-@pytest.mark.parametrize(("layout", "policy"), list(itertools.product(LAYOUT_NAMES, table.POLICIES)))
+@pytest.mark.parametrize(
+    ("layout", "policy"), list(itertools.product(LAYOUT_NAMES, table.POLICIES))
+)
 @pytest.mark.parametrize("name", ["tiny", "500M_1024", "750M_1024_llama"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_step_frees_everything_but_weights_gradients_and_moments(name, layout, policy, device):
