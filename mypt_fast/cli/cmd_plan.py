@@ -44,23 +44,26 @@ def run(args: argparse.Namespace) -> int:
     """Plan; returns the exit code."""
     device = the_device(args.gpu, args.vram)
     able = search.able()
-    layouts = _only("--state", args.state, able.layouts, table.SEARCHED_LAYOUTS)
-    policies = _only("--recompute", args.recompute, able.policies, tuple(table.POLICIES))
+    choices = dataclasses.replace(
+        able,
+        layouts=_only("--state", args.state, able.layouts, table.SEARCHED_LAYOUTS),
+        policies=_only("--recompute", args.recompute, able.policies, tuple(table.POLICIES)),
+    )
     if args.config_file is None:
         loaded = [presets.load(path) for path in presets.shipped()]
-        rows = [_ranked(preset, device, layouts, policies) for preset in loaded]
+        rows = [_ranked(preset, device, choices) for preset in loaded]
         rows.sort(key=lambda row: (-row["fits"], -row["parameters"], row["config"]))
         report = {"device": described(device), "presets": rows}
         text = ranking_lines(device, rows)
     else:
         preset = presets.load(args.config_file)
-        plans = _search(preset, device, layouts, policies, bool(args.recompute))
+        plans = _search(preset, device, choices, bool(args.recompute))
         report = report_of(preset, device, plans)
         text = [] if args.json and not plans[0].fits else plan_lines(preset, device, plans)
         if not plans[0].fits:
             if args.json:
                 print(json.dumps(report, indent=2))
-            raise does_not_fit(preset, device, plans, layouts, policies)
+            raise does_not_fit(preset, device, plans, choices)
     print(json.dumps(report, indent=2) if args.json else "\n".join(text))
     return 0
 
@@ -106,12 +109,12 @@ def _only(
 
 
 def _search(
-    preset: presets.Preset, device: search.Device, layouts: tuple[str, ...],
-    policies: tuple[str, ...], typed: bool = False,
-) -> list[search.Plan]:  # fmt: skip
+    preset: presets.Preset, device: search.Device, choices: search.Able, typed: bool = False
+) -> list[search.Plan]:
     if preset.model.use_checkpoint and not typed:  # the config asks for it
-        policies = tuple(p for p in policies if table.POLICIES[p].blocks) or policies
-    return search.search(preset.model, sequences_of(preset), device, layouts, policies)
+        remade = tuple(p for p in choices.policies if table.POLICIES[p].blocks)
+        choices = dataclasses.replace(choices, policies=remade or choices.policies)
+    return search.search(preset.model, sequences_of(preset), device, choices)
 
 
 def sequences_of(preset: presets.Preset) -> int:
@@ -120,19 +123,16 @@ def sequences_of(preset: presets.Preset) -> int:
 
 
 def does_not_fit(
-    preset: presets.Preset, device: search.Device, plans: list[search.Plan],
-    layouts: tuple[str, ...], policies: tuple[str, ...],
-) -> MyptError:  # fmt: skip
+    preset: presets.Preset, device: search.Device, plans: list[search.Plan], choices: search.Able
+) -> MyptError:
     """The error of a model that cannot be trained on the device, with the smallest change."""
     able, least = search.able(), plans[0]
     change = ""
-    if (layouts, policies) != (able.layouts, able.policies):
-        wider = _search(preset, device, able.layouts, able.policies)
+    if choices != able:
+        wider = _search(preset, device, able)
         if wider[0].fits:
             change = f"{flags_of(wider[0])} would fit"
-    change = change or search.smaller_model(
-        preset.model, sequences_of(preset), device, able.layouts, able.policies
-    )
+    change = change or search.smaller_model(preset.model, sequences_of(preset), device, able)
     need = nominal_gib(least.peak.total)
     return ConfigError(
         f"{preset.path.stem} does not fit {console.bytes_text(device.room)}",
@@ -155,7 +155,8 @@ def flags_of(plan: search.Plan) -> str:
         words.append(f"--recompute {s.policy.name}")
     elif s.policy.blocks:
         words.append("--use_checkpoint")
-    return " ".join([*words, f"--micro_batch_size {s.rows}"])
+    words.append(f"--micro_batch_size {s.rows}")
+    return " ".join([*words, f"--chunk_rows {s.chunk}"] if s.chunk else words)
 
 
 # what people and machines read
@@ -266,11 +267,8 @@ def shown_rate(rate: float, width: int) -> str:
     return f"{'< ' if width < NARROW else ''}{console.count(rate)}"
 
 
-def _ranked(
-    preset: presets.Preset, device: search.Device, layouts: tuple[str, ...],
-    policies: tuple[str, ...],
-) -> dict[str, Any]:  # fmt: skip
-    plans = _search(preset, device, layouts, policies)
+def _ranked(preset: presets.Preset, device: search.Device, choices: search.Able) -> dict[str, Any]:
+    plans = _search(preset, device, choices)
     report = report_of(preset, device, plans)
     best = report.pop("plans")[0]
     report.pop("device")

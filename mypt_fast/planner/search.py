@@ -63,21 +63,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class Able:
-    """What the trainer of this build can run."""
+    """What may be chosen: all there is, or what the trainer of this build can run.
 
-    layouts: tuple[str, ...]
-    policies: tuple[str, ...]
+    Attributes:
+        chunks: rows of a chunk of logits; None: as the head chooses.
+    """
+
+    layouts: tuple[str, ...] = table.SEARCHED_LAYOUTS
+    policies: tuple[str, ...] = tuple(table.POLICIES)
+    chunks: tuple[int | None, ...] = (None, *table.CHUNK_ROWS[1:])
 
 
 def able() -> Able:
-    """Read off the trainer's settings: `state` and `recompute`, where they exist.
+    """What this build can run, read off the trainer's settings `state`, `recompute`, `chunk_rows`.
 
-    Without them it knows the fp32 layout, and `use_checkpoint`, which is "block".
+    Without them it knows the fp32 layout, `use_checkpoint`, which is "block", and one height.
     """
     choices = {f.name: f.metadata.get("choices") or () for f in dataclasses.fields(TrainConfig)}
     layouts = [name for name in table.SEARCHED_LAYOUTS if name in choices.get("state", ())]
     policies = [name for name in table.POLICIES if name in choices.get("recompute", ())]
-    return Able(tuple(layouts) or ("exact",), tuple(policies) or ("none", "block"))
+    chunks = Able().chunks if "chunk_rows" in choices else (None,)
+    return Able(tuple(layouts) or ("exact",), tuple(policies) or ("none", "block"), chunks)
 
 
 def device_for(card: Card | None, vram: int | None, measured: dict[str, float] | None) -> Device:
@@ -121,8 +127,7 @@ def search(
     cfg: ModelConfig,
     sequences: int,
     device: Device,
-    layouts: Sequence[str],
-    policies: Sequence[str],
+    choices: Able,
     build: table.Build = table.TODAY,
 ) -> list[Plan]:
     """The best plan of every layout and policy, best first; those that do not fit last.
@@ -131,18 +136,17 @@ def search(
         cfg: the model; its `batch_size` is the largest micro-batch.
         sequences: of a step; never changed.
         device: what it is for.
-        layouts: names to choose from.
-        policies: names to choose from.
+        choices: what to choose from.
         build: what the operators keep.
     """
     base = Setup(cfg, 1, sequences, dtype=device.dtype, build=build)
     plans = []
-    for layout in layouts:
-        for policy in policies:
+    for layout in choices.layouts:
+        for policy in choices.policies:
             setup = dataclasses.replace(
                 base, layout=table.LAYOUTS[layout], policy=table.POLICIES[policy]
             )
-            plans.append(max(_chunked(setup, device), key=_rank))
+            plans.append(max(_chunked(setup, device, choices.chunks), key=_rank))
     return sorted(plans, key=_rank, reverse=True)
 
 
@@ -152,16 +156,16 @@ def _rank(plan: Plan) -> tuple[bool, bool, float, int]:
     return (True, plan.exact, round(plan.tokens_per_s, 9), -plan.peak.total)
 
 
-def _chunked(setup: Setup, device: Device) -> Iterator[Plan]:
+def _chunked(setup: Setup, device: Device, chunks: Sequence[int | None]) -> Iterator[Plan]:
     """The largest micro-batch that fits, for every height of the chunks of logits."""
-    for chunk in (None, *table.CHUNK_ROWS[1:]):
+    for chunk in chunks:
         with_chunk = dataclasses.replace(setup, chunk=chunk)
-        choices = micro_batches(setup.cfg, setup.sequences)
-        best = evaluate(dataclasses.replace(with_chunk, rows=choices[0]), device)
-        low, high = 0, len(choices) - 1
+        splits = micro_batches(setup.cfg, setup.sequences)
+        best = evaluate(dataclasses.replace(with_chunk, rows=splits[0]), device)
+        low, high = 0, len(splits) - 1
         while best.fits and low < high:
             middle = (low + high + 1) // 2
-            plan = evaluate(dataclasses.replace(with_chunk, rows=choices[middle]), device)
+            plan = evaluate(dataclasses.replace(with_chunk, rows=splits[middle]), device)
             low, high = (middle, high) if plan.fits else (low, middle - 1)
             if plan.fits and plan.tokens_per_s > best.tokens_per_s:
                 best = plan
@@ -172,14 +176,13 @@ def smaller_model(
     cfg: ModelConfig,
     sequences: int,
     device: Device,
-    layouts: Sequence[str],
-    policies: Sequence[str],
+    choices: Able,
     build: table.Build = table.TODAY,
 ) -> str:
     """The smallest change of a model that does not fit, in words; "" where none would help."""
 
     def fits(changed: ModelConfig) -> bool:
-        return search(changed, sequences, device, layouts, policies, build)[0].fits
+        return search(changed, sequences, device, choices, build)[0].fits
 
     for layers in _some(range(cfg.n_layer - 1, 0, -1)):
         if fits(dataclasses.replace(cfg, n_layer=layers)):

@@ -39,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def tracked_step(cfg, *, bf16, mlp_save="all", micro_steps=1, monkeypatch, tracker=None):
+def tracked_step(cfg, *, bf16, mlp_save="all", micro_steps=1, monkeypatch):
     """(bytes of weights and moments, peak bytes) of the second step of a model.
 
     The operators take the path that they take with nobody looking on: behind it the tracker sees
@@ -70,3 +70,23 @@ def tracked_step(cfg, *, bf16, mlp_save="all", micro_steps=1, monkeypatch, track
     with live:
         step()
     return fixed, live.peak
+
+
+def by_mem_tracker(cfg, monkeypatch):
+    """Peak bytes of two fp32 steps as torch's MemTracker counts them."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    monkeypatch.setattr(_operator, "observed", lambda: False)
+    model = GPT(cfg, seed=0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    idx = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size))
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for second in (False, True):
+            (model(idx, idx) / idx.numel()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if not second:
+                tracker.reset_mod_stats()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]

@@ -10,16 +10,15 @@ from mypt_fast.config import TrainConfig, opt
 from mypt_fast.planner import cards, search, speed, table
 from mypt_fast.planner.operators import Setup
 
-ALL = (table.SEARCHED_LAYOUTS, tuple(table.POLICIES))
+ALL = search.Able()
 
 
 def device(gib=16, gpu="RTX 5060 Ti"):
     return search.device_for(cards.find(gpu), int(gib * table.GIB), None)
 
 
-def plans(name, sequences, gib=16, layouts=ALL[0], policies=ALL[1], build=table.LEAN, **changes):
-    cfg = dataclasses.replace(presets.load(name).model, **changes)
-    return search.search(cfg, sequences, device(gib), layouts, policies, build)
+def plans(name, sequences, gib=16, build=table.LEAN):
+    return search.search(presets.load(name).model, sequences, device(gib), ALL, build)
 
 
 def test_tokens_per_step_never_change():
@@ -32,10 +31,10 @@ def test_tokens_per_step_never_change():
 def test_the_search_finds_what_trying_everything_finds():
     name, sequences, where = "500M_1024", 8, device()
     cfg = presets.load(name).model
-    found = search.search(cfg, sequences, where, *ALL)
+    found = search.search(cfg, sequences, where, ALL)
     best: dict[tuple[str, str], float] = {}
     for layout, policy, chunk, rows in itertools.product(
-        *ALL, (None, *table.CHUNK_ROWS[1:]), search.micro_batches(cfg, sequences)
+        ALL.layouts, ALL.policies, ALL.chunks, search.micro_batches(cfg, sequences)
     ):
         setup = Setup(
             cfg, rows, sequences, policy=table.POLICIES[policy], layout=table.LAYOUTS[layout],
@@ -83,7 +82,7 @@ def test_the_1300m_preset_fits_16_gb_in_the_fast_layout_alone():
 
 def test_the_smallest_change_that_fits_is_the_smallest():
     cfg = presets.load("1.3B_1024").model
-    arguments = (8, device(), ("exact",), ("block",))
+    arguments = (8, device(), search.Able(("exact",), ("block",)))
     change = search.smaller_model(cfg, *arguments)
     layers = int(change.split()[1])
     assert change == f"n_layer {layers} instead of {cfg.n_layer} would fit"
@@ -93,17 +92,20 @@ def test_the_smallest_change_that_fits_is_the_smallest():
 
 
 def test_a_build_can_do_what_its_settings_offer(monkeypatch):
-    assert search.able() == search.Able(("exact",), ("none", "block")) or {
-        f.name for f in dataclasses.fields(TrainConfig)
-    } & {"state", "recompute"}
+    class Now:
+        """Settings as they were before any of these."""
+
+    monkeypatch.setattr(search, "TrainConfig", dataclasses.dataclass(Now))
+    assert search.able() == search.Able(("exact",), ("none", "block"), (None,))
 
     @dataclasses.dataclass(kw_only=True)
     class Later(TrainConfig):
         state: str = opt("exact", "layout", choices=("exact", "fast"))
         recompute: str = opt("auto", "policy", choices=("none", "mlp", "auto"))
+        chunk_rows: int = opt(0, "rows of logits")
 
     monkeypatch.setattr(search, "TrainConfig", Later)
-    assert search.able() == search.Able(("exact", "fast"), ("none", "mlp"))
+    assert search.able() == search.Able(("exact", "fast"), ("none", "mlp"), (None, 1024, 512))
 
 
 @pytest.mark.parametrize(

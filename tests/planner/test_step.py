@@ -128,7 +128,7 @@ def test_attention_on_a_gpu_never_holds_the_matrix_and_on_a_cpu_it_does_beside_d
         changed = dataclasses.replace(cfg, dropout=dropout)
         lives[device, dropout] = step.peak(Setup(changed, 8, 8, device=device)).live
     assert lives["cpu", 0.2] - lives["cpu", 0.0] > matrix
-    assert lives["cuda", 0.2] - lives["cuda", 0.0] < matrix / 100
+    assert lives["cuda", 0.2] - lives["cuda", 0.0] < matrix / 50
 
 
 def test_the_chunk_is_the_one_the_head_takes():

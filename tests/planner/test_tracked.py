@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from live_bytes import tracked_step
+from live_bytes import by_mem_tracker, tracked_step
 
 from mypt_fast.config import ModelConfig
 from mypt_fast.planner import step, table
@@ -89,6 +89,12 @@ def test_every_architecture_policy_dtype_and_dropout_within_two_per_cent(archite
 def test_gradients_that_add_up_stand_beside_the_activations(policy, bf16, monkeypatch):
     cfg = config(ARCHITECTURES[-1], 0.0, policy, vocab_size=2048, n_layer=4)
     agrees(cfg, bf16, policy, monkeypatch, within=0.05, micro_steps=2)
+
+
+def test_torchs_own_tracker_sees_the_same_peak(monkeypatch):
+    cfg = config(ARCHITECTURES[0], 0.2, "none")
+    setup = Setup(cfg, cfg.batch_size, cfg.batch_size, dtype="fp32", device="cpu")
+    assert step.peak(setup).live == pytest.approx(by_mem_tracker(cfg, monkeypatch), rel=0.01)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
