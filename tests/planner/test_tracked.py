@@ -81,7 +81,8 @@ def test_activations_gradients_and_head_are_those_of_a_tracked_step(
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: "-".join(map(str, a)))
 def test_every_architecture_policy_dtype_and_dropout_within_two_per_cent(architecture, monkeypatch):
     for dropout, bf16, policy in RUNS:
-        agrees(config(architecture, dropout, policy), bf16, policy, monkeypatch, within=0.02)
+        cfg = config(architecture, dropout, policy, n_layer=3)
+        agrees(cfg, bf16, policy, monkeypatch, within=0.02)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -111,7 +112,7 @@ def test_a_large_vocabulary_peaks_where_the_embedding_gets_its_gradient(monkeypa
 @pytest.mark.slow
 def test_drawn_shapes_within_five_per_cent(monkeypatch):
     draw = random.Random(3)
-    for _ in range(60):
+    for _ in range(40):
         heads, policy = draw.choice((2, 4)), draw.choice(list(POLICIES))
         cfg = config(
             draw.choice(ARCHITECTURES), draw.choice((0.0, 0.2)), policy, n_head=heads,
