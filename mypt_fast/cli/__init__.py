@@ -25,6 +25,8 @@ COMMANDS = {
     "verify-resume": "prove that a run continues bit for bit",
     "configs": "list, show and check model presets",
     "params": "count parameters and bytes of an architecture",
+    "plan": "predict memory and speed of training, without a GPU",
+    "ceiling": "measure what this device's matmuls and memory reach",
     "prepare": "turn text into a dataset of token shards",
     "data": "inspect, verify and convert datasets of token shards",
     "plot": "draw loss curves from training logs",

@@ -1,0 +1,71 @@
+"""What `mypt-fast ceiling` measured on the user's own devices: kept in the cache folder."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mypt_fast.planner.cards import plain
+
+MAX_BYTES = 1 << 20
+
+
+def ceiling_file() -> Path:
+    """Where it is kept: below $XDG_CACHE_HOME or ~/.cache, as what `tune` measures."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~"), ".cache")
+    return base / "mypt_fast" / "ceiling.json"
+
+
+def measured(device_name: str) -> dict[str, Any] | None:
+    """What was measured on a device, {"tflops": {dtype: TFLOP/s}, "gb_per_s": ...}, or None.
+
+    A file that is missing or no good counts as none: a measurement can be made again.
+    """
+    entry = read().get(plain(device_name))
+    return entry if isinstance(entry, dict) else None
+
+
+def measured_ceiling(device_name: str, dtype: str | None = None) -> float | None:
+    """TFLOP/s that big matmuls reached on this device, or None where nobody measured.
+
+    Args:
+        device_name: as `training.device.describe` says it, or nearly so: "RTX 4090" will do.
+        dtype: "fp32", "fp16" or "bf16"; None: the fastest of them.
+    """
+    entry = measured(device_name) or {}
+    rates = entry.get("tflops")
+    if not isinstance(rates, dict):
+        return None
+    good = {k: float(v) for k, v in rates.items() if isinstance(v, (int, float)) and v > 0}
+    return good.get(dtype) if dtype else max(good.values(), default=None)
+
+
+def read() -> dict[str, Any]:
+    """Every measurement, by the plain name of its device."""
+    try:
+        with open(ceiling_file(), "rb") as f:
+            data = json.loads(f.read(MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def keep(device_name: str, entry: dict[str, Any]) -> Path:
+    """Add or replace a device's measurement; returns the file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = ceiling_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {**read(), plain(device_name): {"name": device_name, **entry}}
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+    return path

@@ -1,0 +1,199 @@
+"""The search: state layout x recompute x chunk rows x micro-batch, tokens per step unchanged.
+
+The order of preference: a layout whose steps are exact before one whose are not, then tokens per
+second, then memory. That spends bytes before FLOPs: recomputing costs time, smaller states do not.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mypt_fast.config import ModelConfig, TrainConfig
+from mypt_fast.planner import speed, table
+from mypt_fast.planner.cards import Card
+from mypt_fast.planner.operators import Setup
+from mypt_fast.planner.step import Peak, peak
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan is made for.
+
+    Attributes:
+        memory: bytes that programs may take, the context among them.
+        dtype: to train in.
+        tflops: matmul ceiling in that dtype, 0 where unknown: then speeds only rank.
+        measured: whether the ceiling was measured on this very device.
+    """
+
+    memory: int
+    dtype: str = "bf16"
+    name: str = ""
+    tflops: float = 0.0
+    gb_per_s: float = 0.0
+    share: float = 0.8
+    measured: bool = False
+    source: str = ""
+
+    @property
+    def room(self) -> int:
+        """Bytes that a plan may fill: the prediction may be a little low."""
+        return int(self.memory * (1 - table.MARGIN_SHARE))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to train: what it needs, and about how fast it is.
+
+    Attributes:
+        fits: whether the device has the memory.
+        tokens_per_s: estimated; of a device of 1 TFLOP/s where the ceiling is unknown.
+    """
+
+    setup: Setup
+    peak: Peak
+    fits: bool
+    tokens_per_s: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether its steps equal those of the fp32 layout on equal gradients."""
+        return self.setup.layout.exact
+
+
+@dataclass(frozen=True)
+class Able:
+    """What may be chosen: all there is, or what the trainer of this build can run.
+
+    Attributes:
+        chunks: rows of a chunk of logits; None: as the head chooses.
+    """
+
+    layouts: tuple[str, ...] = table.SEARCHED_LAYOUTS
+    policies: tuple[str, ...] = tuple(table.POLICIES)
+    chunks: tuple[int | None, ...] = (None, *table.CHUNK_ROWS[1:])
+
+
+def able() -> Able:
+    """What this build can run, read off the trainer's settings `state`, `recompute`, `chunk_rows`.
+
+    Without them it knows the fp32 layout, `use_checkpoint`, which is "block", and one height.
+    """
+    choices = {f.name: f.metadata.get("choices") or () for f in dataclasses.fields(TrainConfig)}
+    layouts = [name for name in table.SEARCHED_LAYOUTS if name in choices.get("state", ())]
+    policies = [name for name in table.POLICIES if name in choices.get("recompute", ())]
+    chunks = Able().chunks if "chunk_rows" in choices else (None,)
+    return Able(tuple(layouts) or ("exact",), tuple(policies) or ("none", "block"), chunks)
+
+
+def device_for(card: Card | None, vram: int | None, measured: dict[str, float] | None) -> Device:
+    """What a card, an amount of memory, or both, come to.
+
+    Args:
+        card: None: speeds only rank.
+        vram: nominal bytes; None: the card's.
+        measured: its ceilings where this machine measured them, "gb_per_s" among them.
+    """
+    assert card is not None or vram is not None
+    nominal = vram if vram is not None else int((card.memory if card else 0) * table.GIB)
+    memory = int(nominal * (1 - table.DRIVER_SHARE))
+    if card is None:
+        return Device(memory)
+    if card.visible and nominal >= card.memory * table.GIB:
+        memory = int(card.visible * table.GIB)
+    own = (measured or {}).get(card.dtype, 0.0)
+    bandwidth = (measured or {}).get("gb_per_s", 0.0) if own else 0.0
+    return Device(
+        memory, card.dtype, card.name, own or card.tflops[card.dtype],
+        bandwidth or card.gb_per_s, card.share, bool(own), card.source,
+    )  # fmt: skip
+
+
+def micro_batches(cfg: ModelConfig, sequences: int) -> list[int]:
+    """Sequences per forward that divide a step's evenly, ascending, at most the batch size."""
+    most = min(cfg.batch_size, sequences)
+    return [rows for rows in range(1, most + 1) if sequences % rows == 0]
+
+
+def evaluate(setup: Setup, device: Device) -> Plan:
+    """What one setup needs, and about how fast it is, on a device."""
+    found = peak(setup)
+    ceiling = device.tflops or 1.0
+    rate = speed.tokens_per_s(setup, ceiling, device.share, device.gb_per_s)
+    return Plan(setup, found, found.total <= device.room, rate)
+
+
+def search(
+    cfg: ModelConfig,
+    sequences: int,
+    device: Device,
+    choices: Able,
+    build: table.Build = table.TODAY,
+) -> list[Plan]:
+    """The best plan of every layout and policy, best first; those that do not fit last.
+
+    Args:
+        cfg: the model; its `batch_size` is the largest micro-batch.
+        sequences: of a step; never changed.
+        device: what it is for.
+        choices: what to choose from.
+        build: what the operators keep.
+    """
+    base = Setup(cfg, 1, sequences, dtype=device.dtype, build=build)
+    plans = []
+    for layout in choices.layouts:
+        for policy in choices.policies:
+            setup = dataclasses.replace(
+                base, layout=table.LAYOUTS[layout], policy=table.POLICIES[policy]
+            )
+            plans.append(max(_chunked(setup, device, choices.chunks), key=_rank))
+    return sorted(plans, key=_rank, reverse=True)
+
+
+def _rank(plan: Plan) -> tuple[bool, bool, float, int]:
+    if not plan.fits:  # the one that needs least is the closest
+        return (False, False, -float(plan.peak.total), 0)
+    return (True, plan.exact, round(plan.tokens_per_s, 9), -plan.peak.total)
+
+
+def _chunked(setup: Setup, device: Device, chunks: Sequence[int | None]) -> Iterator[Plan]:
+    """The largest micro-batch that fits, for every height of the chunks of logits."""
+    for chunk in chunks:
+        with_chunk = dataclasses.replace(setup, chunk=chunk)
+        splits = micro_batches(setup.cfg, setup.sequences)
+        best = evaluate(dataclasses.replace(with_chunk, rows=splits[0]), device)
+        low, high = 0, len(splits) - 1
+        while best.fits and low < high:
+            middle = (low + high + 1) // 2
+            plan = evaluate(dataclasses.replace(with_chunk, rows=splits[middle]), device)
+            low, high = (middle, high) if plan.fits else (low, middle - 1)
+            if plan.fits and plan.tokens_per_s > best.tokens_per_s:
+                best = plan
+        yield best
+
+
+def smaller_model(
+    cfg: ModelConfig,
+    sequences: int,
+    device: Device,
+    choices: Able,
+    build: table.Build = table.TODAY,
+) -> str:
+    """The smallest change of a model that does not fit, in words; "" where none would help."""
+
+    def fits(changed: ModelConfig) -> bool:
+        return search(changed, sequences, device, choices, build)[0].fits
+
+    for layers in _some(range(cfg.n_layer - 1, 0, -1)):
+        if fits(dataclasses.replace(cfg, n_layer=layers)):
+            return f"n_layer {layers} instead of {cfg.n_layer} would fit"
+    for block in (cfg.block_size >> k for k in range(1, 8) if cfg.block_size >> k >= 64):
+        if fits(dataclasses.replace(cfg, block_size=block)):
+            return f"block_size {block} instead of {cfg.block_size} would fit"
+    return ""
+
+
+def _some(values: Sequence[int]) -> Sequence[int]:
+    """At most 48 of them: a thousand layers are not all tried."""
+    step = max(1, len(values) // 48)
+    return values[::step]

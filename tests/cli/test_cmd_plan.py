@@ -1,0 +1,176 @@
+"""`mypt-fast plan`: what it prints, how it fails, and that the README shows it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mypt_fast import presets
+from mypt_fast.cli import cmd_plan, main
+from mypt_fast.errors import ConfigError
+from mypt_fast.planner import ceiling, table
+
+ROOT = Path(__file__).parents[2]
+PRESET = ["plan", "--config", "500M_1024"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def machine_reads(capsys, *words, code=0):
+    assert main(["plan", *words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def fails(capsys, *words):
+    """The one line of an error; nothing else is printed."""
+    assert main(["plan", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_preset_on_16_gb(capsys):
+    report = machine_reads(capsys, "--config", "500M_1024", "--gpu", "RTX 5060 Ti")
+    best = report["plans"][0]
+    assert report["fits"] is True
+    assert report["tokens_per_step"] == 8192
+    assert best["micro_batch_size"] * best["micro_steps"] == 8
+    assert best["peak_bytes"] == sum(best["parts_bytes"].values()) <= 15.75 * table.GIB
+    # between half and all of what the ceiling allows
+    assert 5_000 < best["tokens_per_s"] < 14_000
+    seconds = 8192 * report["max_iters"] / best["tokens_per_s"]
+    assert report["eta_s"] == pytest.approx(seconds)
+
+
+def test_people_read_the_plan_its_parts_and_the_others(capsys):
+    assert main([*PRESET, "--vram", "16G", "--gpu", "RTX 5060 Ti"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for words in (
+        "602.28M parameters",
+        "8 sequences = 8,192 tokens a step",
+        "weights 2.24",
+        "tokens/s",
+        "46 TFLOP/s measured elsewhere",
+        "--micro_batch_size",
+    ):
+        assert words in out  # fmt: skip
+
+
+def test_without_a_card_there_is_no_speed(capsys):
+    assert machine_reads(capsys, "--config", "tiny", "--vram", "8G")["eta_s"] is None
+    assert main(["plan", "--config", "tiny", "--vram", "8G"]) == 0
+    assert "unknown; --gpu NAME estimates it" in capsys.readouterr().out
+
+
+def test_every_shipped_preset_is_ranked(capsys):
+    rows = machine_reads(capsys, "--gpu", "RTX 5060 Ti")["presets"]
+    assert {row["config"] for row in rows} == {path.stem for path in presets.shipped()}
+    assert [row["fits"] for row in rows] == sorted((r["fits"] for r in rows), reverse=True)
+    fitting = [row["parameters"] for row in rows if row["fits"]]
+    assert fitting == sorted(fitting, reverse=True)
+    assert {"500M_1024", "tiny"} <= {row["config"] for row in rows if row["fits"]}
+    assert main(["plan", "--vram", "16G"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(rows) + 4
+
+
+def test_the_users_own_ceiling_comes_first(capsys):
+    ceiling.keep("NVIDIA GeForce RTX 5060 Ti", {"tflops": {"bf16": 92.0}, "gb_per_s": 400.0})
+    report = machine_reads(capsys, "--config", "500M_1024", "--gpu", "RTX 5060 Ti")
+    assert report["device"]["ceiling_tflops"] == 92
+    assert report["device"]["ceiling_measured_here"] is True
+    assert report["device"]["gb_per_s"] == 400
+
+
+def test_a_model_that_cannot_fit_names_the_smallest_change(capsys):
+    line = fails(capsys, "--config", "1.3B_1024", "--vram", "6G")
+    assert "does not fit 5.8 GiB" in line
+    assert re.search(r"n_layer \d+ instead of 22 would fit|it takes a card of \d+ GB", line)
+    report = machine_reads(capsys, "--config", "1.3B_1024", "--vram", "6G", code=2)
+    assert report["fits"] is False
+    # the card it asks for has the room
+    gib = re.search(r"a card of (\d+) GB", line)[1]
+    assert main(["plan", "--config", "1.3B_1024", "--vram", f"{gib}G"]) == 0
+
+
+def test_a_config_that_asks_for_recomputation_gets_it(capsys, tmp_path):
+    raw = json.loads(presets.find("500M_1024").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**raw, "use_checkpoint": True}))
+    found = machine_reads(capsys, "--config", "mine.json", "--vram", "80G")["plans"]
+    assert all(table.POLICIES[plan["recompute"]].blocks for plan in found)
+
+
+@pytest.mark.parametrize("size", ["lots", "", "-3G", "0", "16T", "1e9", "9999999G", "16G16"])
+def test_nonsense_for_a_size_is_one_line(capsys, size):
+    line = fails(capsys, "--config", "tiny", f"--vram={size}")
+    assert "--vram: expected a size from 0.25G to 4096G" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("16G", 16), ("16GiB", 16), ("16 gb", 16), ("16384M", 16), ("0.5", 0.5)]
+)
+def test_sizes(text, gib):
+    assert cmd_plan.parse_size(text) == gib * table.GIB
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--config", "tiny"], "plan needs a card; neither --gpu nor --vram"),
+        (["--gpu", "RTX 5060 Tie"], "the nearest are RTX 5060 Ti"),
+        (["--vram", "16G", "--recompute", "blok"], "did you mean 'block'?"),
+        (["--vram", "16G", "--state", "fp8"], "--state: expected one of"),
+        (["--vram", "16G", "--config", "nothing"], "no config file 'nothing'"),
+    ],
+)
+def test_what_is_not_known_is_one_line(capsys, words, line):
+    assert line in fails(capsys, *words)
+
+
+def test_what_this_build_cannot_run_is_one_line():
+    able, known = ("none", "block"), tuple(table.POLICIES)
+    with pytest.raises(ConfigError, match="this build cannot train that way; it can none, block"):
+        cmd_plan._only("--recompute", "mlp", able, known)
+    assert cmd_plan._only("--recompute", "block", able, known) == ("block",)
+    assert cmd_plan._only("--recompute", None, able, known) == able
+
+
+@pytest.mark.parametrize("words", [["--config", "500M_1024"], []], ids=["one", "all"])
+def test_planning_loads_neither_torch_nor_numpy(words, tmp_path):
+    code = (
+        "import sys; from mypt_fast.cli import main; "
+        f"assert main({['plan', *words, '--vram', '16G', '--json']!r}) == 0; "
+        "print([m for m in ('torch', 'numpy', 'triton') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_readme_shows_what_plan_prints(capsys):
+    """MYPT_UPDATE_GOLDEN=1 writes it anew."""
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    shown = re.findall(r"```\n\$ mypt-fast (plan [^\n]*)\n(.*?)```", text, re.S)
+    assert len(shown) == 2
+    for command, output in shown:
+        assert main(shlex.split(command)) == 0
+        real = capsys.readouterr().out
+        if os.environ.get("MYPT_UPDATE_GOLDEN"):
+            text = text.replace(f"{command}\n{output}", f"{command}\n{real}")
+            readme.write_text(text, "utf-8")
+        else:
+            assert output == real

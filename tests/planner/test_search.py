@@ -1,0 +1,149 @@
+"""Which plan is chosen, and why."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from mypt_fast import accounting, presets
+from mypt_fast.config import TrainConfig, opt
+from mypt_fast.planner import cards, search, speed, table
+from mypt_fast.planner.operators import Setup
+
+ALL = search.Able()
+
+
+def device(gib=16, gpu="RTX 5060 Ti"):
+    return search.device_for(cards.find(gpu), int(gib * table.GIB), None)
+
+
+def plans(name, sequences, gib=16, build=table.LEAN):
+    return search.search(presets.load(name).model, sequences, device(gib), ALL, build)
+
+
+def test_tokens_per_step_never_change():
+    for plan in plans("base/750M_unified_v1", 96):
+        assert plan.setup.sequences == 96
+        assert 96 % plan.setup.rows == 0
+        assert plan.setup.rows <= plan.setup.cfg.batch_size
+
+
+def test_the_search_finds_what_trying_everything_finds():
+    name, sequences, where = "500M_1024", 8, device()
+    cfg = presets.load(name).model
+    found = search.search(cfg, sequences, where, ALL)
+    best: dict[tuple[str, str], float] = {}
+    for layout, policy, chunk, rows in itertools.product(
+        ALL.layouts, ALL.policies, ALL.chunks, search.micro_batches(cfg, sequences)
+    ):
+        setup = Setup(
+            cfg, rows, sequences, policy=table.POLICIES[policy], layout=table.LAYOUTS[layout],
+            chunk=chunk,
+        )  # fmt: skip
+        plan = search.evaluate(setup, where)
+        if plan.fits:
+            key = (layout, policy)
+            best[key] = max(best.get(key, 0.0), plan.tokens_per_s)
+    mine = {(p.setup.layout.name, p.setup.policy.name): p.tokens_per_s for p in found if p.fits}
+    assert mine == best
+
+
+def test_exact_plans_come_first_and_then_the_faster():
+    found = [p for p in plans("500M_1024", 8) if p.fits]
+    exact = [p for p in found if p.exact]
+    assert found[: len(exact)] == exact
+    for group in (exact, found[len(exact) :]):
+        rates = [round(p.tokens_per_s, 9) for p in group]
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_bytes_are_spent_before_flops():
+    """On 16 GB the reference shapes keep their matmuls: norms are made again, or nothing."""
+    for name, sequences in (("500M_1024", 8), ("base/750M_unified_v1", 96)):
+        best = plans(name, sequences)[0]
+        assert best.exact
+        assert best.setup.policy.name in ("none", "norms")
+    # and with room for everything nothing is made again
+    assert plans("500M_1024", 8, gib=48)[0].setup.policy.name == "none"
+
+
+def test_a_smaller_chunk_is_taken_only_where_it_buys_something():
+    for plan in plans("base/750M_unified_v1", 96):
+        if plan.fits and plan.setup.chunk is not None:
+            larger = dataclasses.replace(plan.setup, chunk=None)
+            assert not search.evaluate(larger, device()).fits
+
+
+def test_the_1300m_preset_fits_16_gb_in_the_fast_layout_alone():
+    found = plans("1.3B_1024", 8, build=table.TODAY)
+    assert found[0].fits
+    assert {p.setup.layout.name for p in found if p.fits} == {"fast"}
+
+
+def test_the_smallest_change_that_fits_is_the_smallest():
+    cfg = presets.load("1.3B_1024").model
+    arguments = (8, device(), search.Able(("exact",), ("block",)))
+    change = search.smaller_model(cfg, *arguments)
+    layers = int(change.split()[1])
+    assert change == f"n_layer {layers} instead of {cfg.n_layer} would fit"
+    for changed, fits in ((layers, True), (layers + 1, False)):
+        model = dataclasses.replace(cfg, n_layer=changed)
+        assert search.search(model, *arguments)[0].fits is fits
+
+
+def test_a_build_can_do_what_its_settings_offer(monkeypatch):
+    class Now:
+        """Settings as they were before any of these."""
+
+    monkeypatch.setattr(search, "TrainConfig", dataclasses.dataclass(Now))
+    assert search.able() == search.Able(("exact",), ("none", "block"), (None,))
+
+    @dataclasses.dataclass(kw_only=True)
+    class Later(TrainConfig):
+        state: str = opt("exact", "layout", choices=("exact", "fast"))
+        recompute: str = opt("auto", "policy", choices=("none", "mlp", "auto"))
+        chunk_rows: int = opt(0, "rows of logits")
+
+    monkeypatch.setattr(search, "TrainConfig", Later)
+    assert search.able() == search.Able(("exact", "fast"), ("none", "mlp"), (None, 1024, 512))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "share"),
+    # a block again is a third of its forward and backward; GELU's first matmul a sixth of its MLP
+    [
+        ("500M_1024", "mlp", 0.10),
+        ("base/750M_unified_v1", "mlp", 0.14),
+        ("500M_1024", "block", 0.3),
+    ],
+)  # fmt: skip
+def test_what_a_policy_computes_again(name, policy, share):
+    cfg = presets.load(name).model
+    assert speed.recomputed_share(cfg, table.POLICIES[policy]) == pytest.approx(share, abs=0.02)
+    assert speed.recomputed_share(cfg, table.POLICIES["none"]) == 0
+
+
+def test_speed_follows_the_ceiling_the_rows_and_the_optimizer():
+    cfg = presets.load("500M_1024").model
+    setup = Setup(cfg, 8, 8)
+    rate = speed.tokens_per_s(setup, 47.0, 0.8)
+    flops = accounting.flops_per_token(cfg)
+    assert rate == pytest.approx(47e12 * 0.8 * 0.99 / flops, rel=1e-3)
+    assert speed.tokens_per_s(setup, 94.0, 0.8) == pytest.approx(2 * rate)
+    assert speed.tokens_per_s(dataclasses.replace(setup, rows=1), 47.0, 0.8) < 0.9 * rate
+    # 28 bytes a parameter of fp32 AdamW, and four chunks that each move dW, at 403 GB/s
+    with_traffic = speed.tokens_per_s(setup, 47.0, 0.8, 448)
+    moved = 28 * 602_277_504 + 4 * 8 * 50304 * 1280
+    seconds = 8192 / with_traffic - 8192 / rate
+    assert seconds == pytest.approx(moved / (0.9 * 448e9), rel=1e-6)
+    shares = [speed.saturation(rows) for rows in range(1, 20_000, 7)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_memory_for_programs_is_less_than_the_card_has():
+    assert device(16).memory == int(15.75 * table.GIB)
+    assert search.device_for(cards.find("T4"), None, None).memory == int(14.74 * table.GIB)
+    own = search.device_for(cards.find("RTX 5060 Ti"), None, {"bf16": 49.0, "gb_per_s": 400.0})
+    assert (own.tflops, own.gb_per_s, own.measured) == (49.0, 400.0, True)
+    assert not search.device_for(cards.find("RTX 5060 Ti"), None, {}).measured
