@@ -260,9 +260,9 @@ class _Loaders:
             folder = getattr(loader, "dataset_dir", None) or settings.data.dataset_dir
             self._known[id(loader)] = Borrowed(
                 loader, batch_size=settings.model.batch_size, accum=settings.train.grad_accum_steps,
-                block_size=settings.model.block_size, device=self._run.device,
+                device=self._run.device,
                 name=str(folder or type(loader).__name__),
-                position=self._start * settings.global_batch, equal_means=settings.strict_compat,
+                position=self._start * settings.global_batch,
             )  # fmt: skip
         return self._known[id(loader)]
 
