@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "strict": getattr(args, "strict", False),
         "allow_gate": getattr(args, "allow_gate", False),
         "preset_yields": getattr(args, "ask", False),
-        "strict_compat": os.environ.get("MYPT_STRICT_COMPAT") == "1",
+        "strict_compat": os.environ.get("MYPT_STRICT_COMPAT", "") not in ("", "0"),
     }
     dry_run = getattr(args, "dry_run", False)
     run_dir = settings.run_dir(options["model_name"], options["config_file"])

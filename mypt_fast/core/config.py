@@ -64,7 +64,10 @@ class GPTConfig(ModelConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return MyPT's fields in its order; behind them ours, only where one is set."""
         shown_too = [name for name in OUR_FIELDS if name in self.__dict__]
-        return {name: getattr(self, name) for name in (*MYPT_FIELDS, *shown_too)}
+        values = {name: getattr(self, name) for name in (*MYPT_FIELDS, *shown_too)}
+        if self.device is not None:  # scripts also set a torch.device, which is no JSON
+            values["device"] = str(self.device)
+        return values
 
     @classmethod
     def load_json(cls: type[C], path: str | os.PathLike[str]) -> C:

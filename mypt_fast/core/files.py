@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def save_bundle(
     name = dtype_name(save_dtype or model.config.save_dtype)
     state: dict[str, Any] = {} if step is None else {"step": step}
     if training_config is not None:
-        state["training_config"] = json.loads(json.dumps(training_config, default=str))
+        state["training_config"] = json.loads(json.dumps(training_config, default=_in_json))
     state["model_dtype_at_save"] = _plain(model.lm_head.weight.dtype)
     if name is not None:
         state["checkpoint_dtype"] = name
@@ -123,6 +124,11 @@ def _original(path: Path, training_config: dict[str, Any] | None) -> bytes | Non
         if file.is_file():
             return file.read_bytes()
     return None
+
+
+def _in_json(value: Any) -> Any:
+    """What JSON has no word for: NumPy's numbers as numbers, the rest, such as paths, as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def _plain(dtype: torch.dtype) -> str:

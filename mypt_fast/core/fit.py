@@ -24,6 +24,7 @@ from mypt_fast.config import (
     build,
     shown,
 )
+from mypt_fast.core.config import strict_compat
 from mypt_fast.errors import ConfigError
 from mypt_fast.settings import DataConfig, Settings
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from mypt_fast.training.trainer import Trainer
 
 FilePath = str | os.PathLike[str]
-STRICT_COMPAT = "MYPT_STRICT_COMPAT"
 SIGINT_CODE = 130
 _ALSO = {"f32": "fp32", "f16": "fp16", "half": "fp16"}
 
@@ -133,7 +133,8 @@ def fit(
         max_iters=int(max_iters), eval_interval=int(eval_interval), eval_iters=int(eval_iters),
         learning_rate=float(peak), warmup_iters=warmup_steps(warmup_iters, int(max_iters)),
         grad_clip=max(0.0, float(grad_clip or 0)), use_amp=bool(use_amp),
-        amp_dtype=_dtype("amp_dtype", amp_dtype), grad_accum_steps=int(grad_accum_steps or 1),
+        amp_dtype=_dtype("amp_dtype", amp_dtype or "bf16"),
+        grad_accum_steps=int(grad_accum_steps or 1),
         eval_max_new_tokens=int(eval_max_new_tokens), eval_prompts_file=_text(eval_prompts_file),
         log_file=_text(log_file), gold_selection=_gold(gold_selection), keep_last=0,
         token_accuracy_saturation=_section(Saturation, token_accuracy_saturation),
@@ -215,7 +216,7 @@ def _settings(
         DataConfig(dataset_dir=_text(dataset_dir)),
         preset_path=Path(config_file) if config_file else None,
         allow_gate=checkpoint_dir is not None,  # who calls fit with a gate wants it to run
-        strict_compat=os.environ.get(STRICT_COMPAT, "") not in ("", "0"),
+        strict_compat=strict_compat(),
     )
 
 
@@ -260,9 +261,9 @@ class _Loaders:
             folder = getattr(loader, "dataset_dir", None) or settings.data.dataset_dir
             self._known[id(loader)] = Borrowed(
                 loader, batch_size=settings.model.batch_size, accum=settings.train.grad_accum_steps,
-                block_size=settings.model.block_size, device=self._run.device,
+                device=self._run.device,
                 name=str(folder or type(loader).__name__),
-                position=self._start * settings.global_batch, equal_means=settings.strict_compat,
+                position=self._start * settings.global_batch,
             )  # fmt: skip
         return self._known[id(loader)]
 

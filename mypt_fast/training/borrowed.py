@@ -74,17 +74,16 @@ def seed_all(seed: int) -> None:
 class Borrowed:
     """A loader that belongs to the caller, with the positions that a trainer needs.
 
-    One step takes `accum` batches. Until the next one begins, a step can be undone: its batches are
-    served again, each with the generators as they were after it was drawn.
+    One step takes `accum` batches, and its loss is the mean of their means, as MyPT's is: a token
+    of a batch in which few count weighs more. Until the next one begins, a step can be undone: its
+    batches are served again, each with the generators as they were after it was drawn.
 
     Args:
         loader: has `get_batch(split)`, giving (x, y), (x, y, mask) or (x, y, mask, segment_ids).
         batch_size: rows of a batch; a short one counts as many.
         accum: batches per step.
-        block_size: tokens of a row.
         device: of the model.
         name: of the data, as messages call it.
-        equal_means: weigh every batch of a step the same, not every token, as MyPT does.
 
     Attributes:
         position: nominal rows in finished steps.
@@ -98,11 +97,9 @@ class Borrowed:
         *,
         batch_size: int,
         accum: int,
-        block_size: int,
         device: torch.device,
         name: str,
         position: int = 0,
-        equal_means: bool = False,
     ) -> None:
         if not callable(getattr(loader, "get_batch", None)):
             raise DataError(
@@ -112,15 +109,13 @@ class Borrowed:
         self.loader, self.name, self.fingerprint = loader, name, f"{ALGORITHM} of {name}"
         both = ("state_dict", "load_state_dict")
         self._tells = all(callable(getattr(loader, name, None)) for name in both)
-        self._size, self._accum, self._tokens = batch_size, accum, batch_size * block_size * accum
-        self._device, self._equal_means = device, equal_means
+        self._size, self._accum, self._device = batch_size, accum, device
         self._position = self._at = position  # `_at`: where the step of `_kept` begins
         self._kept: list[tuple[Inputs, Generators]] = []
         self._begin: tuple[Generators, Any] | None = None
         self._failed: tuple[Generators, Any] | None = None  # at the end of what was undone
         self._reached: tuple[int, Generators, Any] | None = None  # the end of what was left out
         self._is_open = self._again = False
-        self._valid = torch.zeros((), device=device)
         self._noted = False
 
     # a step
@@ -131,26 +126,14 @@ class Borrowed:
             self._at, self._kept = self._position, []
             self._begin = (Generators.now(self._device), self._loader_state())
         self._again, self._is_open = False, True
-        self._valid = torch.zeros((), device=self._device)
         for number in range(self._accum):
             inputs = self._batch(number)
-            counted = valid_targets(inputs)
-            self._valid += counted
-            weight = counted.clamp(min=1.0) * self._accum if self._equal_means else self._tokens
+            weight = valid_targets(inputs).clamp(min=1.0) * self._accum
             later, size = (self._accum - 1 - number) * self._size, len(inputs["idx"])
             for first in range(0, size, rows):
                 part = {k: v[first : first + rows] for k, v in inputs.items()}
                 yield MicroBatch(part, weight, later + max(0, size - first - rows))
         self._position, self._is_open = self._at + self._size * self._accum, False
-
-    def correction(self) -> float:
-        """What the finished step's sums are multiplied by: their weight was guessed.
-
-        How many tokens count is known only when the last batch is drawn.
-        """
-        if self._equal_means:
-            return 1.0
-        return self._tokens / max(float(self._valid), 1.0)
 
     def _batch(self, number: int) -> Inputs:
         if number < len(self._kept):  # of a step that was undone

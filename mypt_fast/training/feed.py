@@ -72,11 +72,6 @@ def micro_batches(
         yield MicroBatch(inputs, weight, left)
 
 
-def correction(loader: Source) -> float:
-    """What the finished step's loss and gradients are multiplied by, for its valid tokens."""
-    return loader.correction() if isinstance(loader, Borrowed) else 1.0
-
-
 def next_inputs(loader: Loader, rows: int, device: torch.device) -> dict[str, Any]:
     """Read the next rows and bring them to `device`, as arguments of `GPT.forward`.
 

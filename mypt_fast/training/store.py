@@ -33,6 +33,12 @@ SHAPE_FIELDS = (
     "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
     "pos_encoding", "mlp_type", "norm_type",
 )  # fmt: skip
+# of training_config, in MyPT's order; what it does not know comes behind
+MYPT_FIRST = (
+    "max_iters", "eval_interval", "eval_iters", "learning_rate", "start_step", "save_dtype",
+    "warmup_iters", "grad_clip", "grad_accum_steps", "config_file", "dataset_dir",
+    "gold_selection", "token_accuracy_saturation", "model_params",
+)  # fmt: skip
 
 
 @dataclass
@@ -207,20 +213,19 @@ class Store:
     def _training_state(self, step: int, dtype: str | None, optimizer: bool) -> dict[str, Any]:
         cfg = self.settings.model
         shape = {name: getattr(cfg, name) for name in SHAPE_FIELDS}
+        config = {
+            **self.settings.train.to_dict(),
+            **vars(self.settings.data),
+            **self.sources(),
+            "model_name": self.settings.model_name,
+            "start_step": self.start_step,
+            "save_dtype": dtype,
+            "model_params": {**shape, "total_params": accounting.count_parameters(cfg).total},
+        }
+        first = {name: config[name] for name in MYPT_FIRST}
         state: dict[str, Any] = {
             "step": step,
-            "training_config": {
-                **self.settings.train.to_dict(),
-                **vars(self.settings.data),
-                **self.sources(),
-                "model_name": self.settings.model_name,
-                "start_step": self.start_step,
-                "save_dtype": dtype,
-                "model_params": {
-                    **shape,
-                    "total_params": accounting.count_parameters(cfg).total,
-                },
-            },
+            "training_config": first | config,
             "model_dtype_at_save": "float32",
         }
         if self.progress.saturation:

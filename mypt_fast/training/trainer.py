@@ -15,7 +15,7 @@ from mypt_fast.errors import DeviceError, DivergedError
 from mypt_fast.training import device as devices
 from mypt_fast.training.board import Board
 from mypt_fast.training.borrowed import Source
-from mypt_fast.training.feed import correction, micro_batches
+from mypt_fast.training.feed import micro_batches
 from mypt_fast.training.gold import Decision
 from mypt_fast.training.guard import (
     Verdict,
@@ -182,7 +182,6 @@ class Trainer:
             try:
                 loss = float(self._accumulate(loader))
                 self.scaler.unscale_(self.optimizer)
-                loss *= self._normalise(loader)
                 clip = self.train_cfg.grad_clip or math.inf
                 norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
             except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
@@ -297,14 +296,6 @@ class Trainer:
             total += loss.detach()
             if batch.left:
                 self.live.within(self.step + 1, self.settings.global_batch - batch.left, batch.left)
-
-    def _normalise(self, loader: Source) -> float:
-        """Correct the gradients where the step's weight was a guess; returns the factor."""
-        factor = correction(loader)
-        if factor != 1.0:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, factor)
-        return factor
 
     def _note_phase(self) -> None:
         if self._phase_is_new():

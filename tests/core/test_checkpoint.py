@@ -754,3 +754,10 @@ def test_load_model_needs_only_a_name():
     assert isinstance(found, GPT)
     torch.testing.assert_close(found(IDX)[0], model.eval()(IDX)[0])
     assert CheckpointManager.load_for_inference("m", "checkpoints").config.n_layer == 2
+
+
+def test_a_training_config_of_numpy_numbers_and_paths_is_written(here):
+    told = {"max_iters": np.int64(3), "learning_rate": np.float64(0.5), "dataset_dir": here}
+    char_model().save_checkpoint_bundle("m", training_config=told)
+    kept = json.loads((here / "m/training_state.json").read_text())["training_config"]
+    assert kept == {"max_iters": 3, "learning_rate": 0.5, "dataset_dir": str(here)}

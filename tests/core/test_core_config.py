@@ -7,6 +7,7 @@ import json
 import pickle
 
 import pytest
+import torch
 
 from mypt_fast.config import ModelConfig
 from mypt_fast.core.config import OUR_FIELDS, GPTConfig
@@ -117,3 +118,11 @@ def test_a_signature_names_the_26_fields():
     parameters = inspect.signature(GPTConfig).parameters
     assert list(parameters) == [field.name for field in dataclasses.fields(GPTConfig)]
     assert parameters["n_embd"].default == 384
+
+
+def test_a_torch_device_is_written_as_its_name(tmp_path):
+    config = GPTConfig(device=torch.device("cpu"))
+    assert config.device == torch.device("cpu")  # as it came
+    assert config.to_dict()["device"] == "cpu"
+    config.save_json(tmp_path / "config.json")
+    assert GPTConfig.load_json(tmp_path / "config.json").device == "cpu"

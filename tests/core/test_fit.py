@@ -163,6 +163,8 @@ def test_files_of_a_run() -> None:
         "grad_accum_steps": 2, "config_file": "mine.json", "dataset_dir": "data/x",
     }  # fmt: skip
     assert {k: told[k] for k in wanted} == wanted
+    rest = ["gold_selection", "token_accuracy_saturation", "model_params"]
+    assert list(told)[: len(wanted) + 3] == [*wanted, *rest]  # MyPT's, in its order
     exact = bundle.read(Path("runs/toy")).state_dict  # behind bf16 lies what was trained
     assert all(torch.equal(exact[k], v) for k, v in model.state_dict().items())
     half = torch.load("runs/toy_fp16/model.pt")["state_dict"]
