@@ -46,7 +46,8 @@ test-slow: $(READY)  ## the tests marked slow, and every Triton kernel in Triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" tests/kernels tests/test_model_kernels.py
 
 SANITIZED := tests/data/test_native.py tests/data/test_loader.py tests/data/test_prefetch.py \
-  tests/data/test_order.py tests/data/test_mixture.py tests/data/test_fuzz_formats.py
+  tests/data/test_order.py tests/data/test_mixture.py tests/data/test_fuzz_formats.py \
+  tests/data/test_format_many.py
 sanitize: $(READY)  ## the loader's tests under the address, undefined and thread sanitizers
 	@$(MAKE) -s sanitize-run KIND=address,undefined LIBRARY=libasan.so
 	@$(MAKE) -s sanitize-run KIND=thread LIBRARY=libtsan.so

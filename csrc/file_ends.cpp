@@ -6,7 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <system_error>
+#include <exception>
+#include <new>
 #include <thread>
 
 namespace mypt::data {
@@ -24,6 +25,7 @@ std::string read_at(int fd, std::uint64_t offset, std::size_t count) {
 
 FileEnds ends_of(const std::string& path, std::size_t head, std::size_t tail) {
   FileEnds ends;
+  if (path.find('\0') != std::string::npos) return ends;  // the system would open a shorter name
   // Without O_NONBLOCK the opening of a named pipe waits for a writer that may never come.
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat info;
@@ -57,7 +59,7 @@ std::vector<FileEnds> read_ends(const std::vector<std::string>& paths, std::size
   others.reserve(wanted);
   try {
     while (others.size() + 1 < wanted) others.emplace_back(work);
-  } catch (const std::system_error&) {  // no more threads to be had
+  } catch (const std::exception&) {  // no more threads to be had, or no memory for one
   }
   work();
   for (std::thread& other : others) other.join();

@@ -173,7 +173,7 @@ def scan(root: Path = Path("checkpoints")) -> Iterator[tuple[Path, str | None]]:
                 yield folder, None
             continue
         files = [p for p in (folder / LATEST, folder / FINAL) if p.is_file()]
-        others = [p for p in sorted(folder.glob("*.pt")) if p not in files]
+        others = [p for p in sorted(folder.glob("*.pt")) if p.is_file() and p not in files]
         files += [p for p in others if p.name not in TENSOR_FILES and _is_single(p)]
         if files:
             yield folder, files[0].name

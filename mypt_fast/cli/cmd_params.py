@@ -8,7 +8,7 @@ from typing import Any
 
 from mypt_fast import accounting, console, presets
 from mypt_fast.cli import flags
-from mypt_fast.config import ModelConfig, build
+from mypt_fast.config import ModelConfig, build, shown
 from mypt_fast.errors import ConfigError
 
 HELP = "count parameters and bytes of an architecture"
@@ -98,9 +98,11 @@ def ask(cfg: ModelConfig) -> ModelConfig:
         if not line:
             raise ConfigError("--interactive: no answer", f"input ended at {key}")
         if word := line.strip():
-            if not word.lstrip("-").isdigit():
-                raise ConfigError(f"{key}: expected a whole number", f"found '{word}'")
-            answers[key] = int(word)
+            try:
+                answers[key] = int(word)
+            except ValueError:  # also of thousands of digits
+                text = f"{key}: expected a whole number"
+                raise ConfigError(text, f"found {shown(word)}") from None
     build(ModelConfig, answers, "answer")
     return dataclasses.replace(cfg, **answers)
 

@@ -1,6 +1,7 @@
 """`mypt-fast convert`, and old files in generate and inspect, as people use them."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from mypt_fast.checkpoint import bundle
+from mypt_fast.checkpoint.converting import scan
 from mypt_fast.cli import cmd_convert, main
 from mypt_fast.config import ModelConfig
 from mypt_fast.model import GPT
@@ -259,3 +261,12 @@ def test_generate_without_any_checkpoint_makes_no_directory(old: Path, capsys) -
         assert main([*call, *words]) == 2
         assert capsys.readouterr().err.startswith("error: no ")
     assert names(old.parent) == {"dante"}
+
+
+def test_a_pipe_named_as_a_checkpoint_is_none(old):
+    """It would be read for ever."""
+    pipes = old.parent / "pipes"
+    (pipes / "folder.pt").mkdir(parents=True)
+    for name in ("latest.pt", "other.pt"):
+        os.mkfifo(pipes / name)
+    assert [(folder.name, name) for folder, name in scan(old.parent)] == [("dante", "latest.pt")]

@@ -110,7 +110,10 @@ def test_mistakes_are_one_line(capsys, words, said) -> None:
     assert err.count("\n") == 1
 
 
-BAD_ANSWERS = [("", "no answer"), ("six\n", "'six'"), ("-1\n", "out of range")]
+BAD_ANSWERS = [
+    ("", "no answer"), ("six\n", "'six'"), ("-1\n", "out of range"), ("--5\n", "'--5'"),
+    ("\u00b2\n", "'\u00b2'"), ("9" * 5000 + "\n", "whole number"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("typed", "said"), BAD_ANSWERS)

@@ -136,3 +136,25 @@ def test_the_names_that_are_written_are_numbered():
     assert is_numbered([f"shard_{i:05d}.bin" for i in range(12)])
     assert not is_numbered(["shard_10.bin", "shard_9.bin"])
     assert not is_numbered(["a11_2.bin", "a1_22.bin"])
+
+
+def test_many_files_are_read_by_several_threads_and_none_is_left_open(tmp_path):
+    """What cannot be read is None, whatever stands beside it."""
+    native = pytest.importorskip("mypt_fast._native", reason="the extension is not built")
+    sizes = [0, 1, 7, 8, 9, 40]
+    paths, expected = [], []
+    for i in range(400):
+        path, data = tmp_path / f"{i}.bin", bytes(j % 251 for j in range(i, i + sizes[i % 6]))
+        path.write_bytes(data)
+        paths.append(str(path))
+        expected.append((len(data), data[:8], data[-4:]))
+    os.mkfifo(tmp_path / "pipe")
+    for at, odd in ((399, "pipe"), (200, ""), (100, "missing"), (3, "4.bin\0.bin")):
+        paths[at], expected[at] = f"{tmp_path}/{odd}", None
+    before = len(os.listdir("/proc/self/fd"))
+    found = native.read_ends(paths, 8, 4)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [f and (f[0], f[2], f[3]) for f in found] == expected
+    stat = os.stat(paths[0])
+    assert found[0][1] == (stat.st_dev, stat.st_ino, stat.st_ctime_ns)
+    assert native.read_ends([], 8, 4) == []
