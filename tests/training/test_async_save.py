@@ -49,11 +49,12 @@ def test_a_save_holds_the_state_it_was_asked_for(train) -> None:
     def counted(self):
         before_move(self)
         seen["model"] = self.model
-        if at_three.is_set():
-            seen["moves"] = seen.get("moves", 0) + 1
-            if seen["moves"] == 3:  # steps 3 and 4 were taken
-                moved.set()
-                self.wait()
+        seen["moves"] = seen.get("moves", 0) + 1
+        if seen["moves"] == 4:  # the save of step 3 is under way
+            assert at_three.wait(60)
+        if seen["moves"] == 6:  # steps 3 and 4 were taken
+            moved.set()
+            self.wait()
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(store.bundles, "write", late)
