@@ -89,7 +89,8 @@ def adamw_step(
         TypeError: for dtypes that disagree.
     """
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    plain, fused = [], []
+    plain: list[Slot] = []
+    fused: list[Slot] = []
     for slot in slots:
         slot.check()
         wanted = "reference" if impl == "auto" and slot.scales is None else impl

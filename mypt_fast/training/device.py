@@ -118,9 +118,7 @@ def precision(
     return fp32, f"no native {amp_dtype} on this CPU: using fp32" if explicit else None
 
 
-def for_state(
-    state: str, found: Precision, use_amp: bool
-) -> tuple[str, Precision, str | None]:
+def for_state(state: str, found: Precision, use_amp: bool) -> tuple[str, Precision, str | None]:
     """The state layout and precision that go together, and a notice where one had to move.
 
     The layouts `exact16` and `fast` compute with bf16 weights.

@@ -52,9 +52,7 @@ def saved_micro_batch(settings: Settings) -> int | None:
     return rows if isinstance(rows, int) and 0 < rows <= settings.global_batch else None
 
 
-def _fitting(
-    cfg: ModelConfig, precision: devices.Precision, free: int, state: str
-) -> int | None:
+def _fitting(cfg: ModelConfig, precision: devices.Precision, free: int, state: str) -> int | None:
     usable = int(free * MEMORY_SHARE)
     cpu = precision.device_type == "cpu"
     return accounting.micro_batch_that_fits(cfg, usable, attention_matrix=cpu, state=state)

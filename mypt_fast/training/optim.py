@@ -21,16 +21,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), betas (0.9, 0.95), PyTorch's fused kernel.
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW in the state layout of `cfg`; `exact16` and `fast` turn the model's matrices to bf16.
 
-    The layouts `exact16` and `fast` turn the model's matrices to bf16 (`split_adamw`).
+    The model is on its device, in fp32, and frozen where it will be.
     """
-    if cfg.state != "exact":
-        coded = cfg.state == "fast"
-        rest = Remainders(model, torch.bfloat16 if coded else torch.float32)
-        groups = parameter_groups(model, cfg.weight_decay)
-        return SplitAdamW(groups, rest.of, coded, lr=cfg.learning_rate)
+    if cfg.state == "exact":
+        return adamw(model, cfg)
+    coded = cfg.state == "fast"
+    rest = Remainders(model, torch.bfloat16 if coded else torch.float32)
+    groups = parameter_groups(model, cfg.weight_decay)
+    return SplitAdamW(groups, rest.of, coded, lr=cfg.learning_rate)
+
+
+def adamw(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101), betas (0.9, 0.95), PyTorch's fused kernel; all in fp32."""
     groups = parameter_groups(model, cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 

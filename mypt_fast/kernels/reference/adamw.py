@@ -113,7 +113,7 @@ def step(
         decode_first(first, scales[0]), decode_second(second, scales[1])
     )  # fmt: skip
     count += 1
-    torch._fused_adamw_(  # type: ignore[attr-defined]
+    torch._fused_adamw_(
         [master], [g], [m], [v], [], [count], lr=lr, beta1=betas[0], beta2=betas[1],
         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
     )  # fmt: skip
