@@ -206,6 +206,7 @@ def test_frozen_parameters_stay(state):
     assert not any(n.startswith(("blocks.0.", "token_emb", "position_emb")) for n in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", SPLIT)
 def test_a_compiled_model_has_the_same_gradients(state):
     torch._dynamo.reset()
