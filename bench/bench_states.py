@@ -105,9 +105,10 @@ def main() -> None:
             rows.append(trained(state, seed))
             print({k: v for k, v in rows[-1].items() if k != "losses"}, flush=True)
     facts = {**machine(), "shape": SHAPE, "batch": BATCH, "seconds": time.perf_counter() - began}
-    for bench in run_suite(__file__):
-        rows.append({"step": bench["params"]["state"], **bench["extra_info"],
-                     "seconds": bench["stats"]["data"]})  # fmt: skip
+    rows += [
+        {"step": b["params"]["state"], **b["extra_info"], "seconds": b["stats"]["data"]}
+        for b in run_suite(__file__)
+    ]
     print(save("states", facts, rows))
 
 
