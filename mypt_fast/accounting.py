@@ -76,10 +76,30 @@ class StateBytes:
         return self.weights + self.gradients + self.moments
 
 
-def state_bytes(cfg: ModelConfig) -> StateBytes:
-    """Bytes of fp32 weights, fp32 gradients and the two fp32 AdamW moments."""
+def state_bytes(cfg: ModelConfig, state: str = "exact") -> StateBytes:
+    """Bytes of weights, gradients and the two AdamW moments.
+
+    Args:
+        cfg: the architecture.
+        state: the layout. `exact` and `exact16` take the same: two halves of an fp32 weight are
+            as large as it. `fast` has bf16 gradients and 8-bit moments, an fp32 scale for 256 of
+            them, of everything but vectors (a matrix of less than 4,096 is not told apart here).
+    """
     n = count_parameters(cfg).total
-    return StateBytes(weights=4 * n, gradients=4 * n, moments=8 * n)
+    if state != "fast":
+        return StateBytes(weights=4 * n, gradients=4 * n, moments=8 * n)
+    v = vector_parameters(cfg)
+    coded = n - v
+    return StateBytes(
+        weights=4 * n, gradients=2 * coded + 4 * v, moments=2 * coded + coded // 32 + 8 * v
+    )
+
+
+def vector_parameters(cfg: ModelConfig) -> int:
+    """Parameters of norms and biases."""
+    n, C, L = count_parameters(cfg), cfg.n_embd, cfg.n_layer
+    mlp = 0 if cfg.mlp_type == "swiglu" else 5 * C
+    return n.norms + cfg.vocab_size + n.attention - 4 * L * C * C + L * mlp
 
 
 def activation_bytes(cfg: ModelConfig, *, attention_matrix: bool = True) -> int:
@@ -108,18 +128,20 @@ def activation_bytes(cfg: ModelConfig, *, attention_matrix: bool = True) -> int:
 HEAD_CHUNK_BYTES = 192 << 20
 
 
-def training_bytes(cfg: ModelConfig, micro_batch: int, *, attention_matrix: bool = True) -> int:
+def training_bytes(
+    cfg: ModelConfig, micro_batch: int, *, attention_matrix: bool = True, state: str = "exact"
+) -> int:
     """Estimate the peak memory of training: state, activations of a micro-batch, head."""
     kept = activation_bytes(cfg, attention_matrix=attention_matrix)
-    return state_bytes(cfg).total + micro_batch * kept + HEAD_CHUNK_BYTES
+    return state_bytes(cfg, state).total + micro_batch * kept + HEAD_CHUNK_BYTES
 
 
 def micro_batch_that_fits(
-    cfg: ModelConfig, free_bytes: int, *, attention_matrix: bool = True
+    cfg: ModelConfig, free_bytes: int, *, attention_matrix: bool = True, state: str = "exact"
 ) -> int | None:
     """Largest divisor of `batch_size` that is estimated to fit, or None when not even one does."""
     for rows in range(cfg.batch_size, 0, -1):
-        needed = training_bytes(cfg, rows, attention_matrix=attention_matrix)
+        needed = training_bytes(cfg, rows, attention_matrix=attention_matrix, state=state)
         if cfg.batch_size % rows == 0 and needed <= free_bytes:
             return rows
     return None

@@ -215,6 +215,12 @@ class TrainConfig:
     micro_batch_size: int = opt(0, "sequences per forward; 0: the largest that fits memory", lo=0)
     use_amp: bool = opt(True, "mixed precision where the device has it natively")
     amp_dtype: str = opt("bf16", "mixed precision dtype", choices=("bf16", "fp16"))
+    state: str = opt(
+        "exact",
+        "weights, gradients and moments; exact: fp32; exact16: weights as bf16 and a 16-bit rest "
+        "of the same fp32 values; fast: that, bf16 gradients and 8-bit moments, not exact",
+        choices=("exact", "exact16", "fast"),
+    )
     compile: str = opt("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
     kernels: str = opt(
         "auto",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mypt_fast import kernels
-from mypt_fast.errors import DeviceError
+from mypt_fast.errors import ConfigError, DeviceError
 
 
 def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | None]:
@@ -116,6 +116,28 @@ def precision(
     if amp_dtype == "bf16" and cpu_has_bf16():
         return Precision(torch.bfloat16, False, "cpu"), None
     return fp32, f"no native {amp_dtype} on this CPU: using fp32" if explicit else None
+
+
+def for_state(state: str, found: Precision, use_amp: bool) -> tuple[str, Precision, str | None]:
+    """The state layout and precision that go together, and a notice where one had to move.
+
+    The layouts `exact16` and `fast` compute with bf16 weights.
+
+    Raises:
+        ConfigError: where mixed precision is off.
+    """
+    if state == "exact" or found.dtype is torch.bfloat16:
+        return state, found, None
+    if not use_amp:
+        raise ConfigError(
+            f"--state {state} computes with bf16 weights",
+            "found use_amp off",
+            "drop one of the two, or use --state exact",
+        )
+    if found.scaler:
+        return "exact", found, f"state {state} needs bf16, and this run computes in fp16: exact"
+    note = f"state {state} computes in bf16, which this CPU emulates"
+    return state, Precision(torch.bfloat16, False, found.device_type), note
 
 
 def check_kernels(impl: str, device: torch.device, precision: Precision) -> None:

@@ -26,15 +26,16 @@ def choose_micro_batch(
             f"found {wanted} > {settings.global_batch}",
         )
     # another split would draw dropout in another order
-    rows = wanted or saved_micro_batch(settings) or _fitting(cfg, precision, free)
+    state = settings.train.state
+    rows = wanted or saved_micro_batch(settings) or _fitting(cfg, precision, free, state)
     if rows:
         return rows
     cfg.use_checkpoint = True
-    rows = _fitting(cfg, precision, free)
+    rows = _fitting(cfg, precision, free, state)
     if rows:
         notices.append("use_checkpoint is on: keeping every activation would not fit memory")
         return rows
-    need = console.bytes_text(accounting.state_bytes(cfg).total)
+    need = console.bytes_text(accounting.state_bytes(cfg, state).total)
     notices.append(
         f"this model may not fit: weights, gradients and moments take {need} of "
         f"{console.bytes_text(free)} free"
@@ -51,7 +52,7 @@ def saved_micro_batch(settings: Settings) -> int | None:
     return rows if isinstance(rows, int) and 0 < rows <= settings.global_batch else None
 
 
-def _fitting(cfg: ModelConfig, precision: devices.Precision, free: int) -> int | None:
+def _fitting(cfg: ModelConfig, precision: devices.Precision, free: int, state: str) -> int | None:
     usable = int(free * MEMORY_SHARE)
     cpu = precision.device_type == "cpu"
-    return accounting.micro_batch_that_fits(cfg, usable, attention_matrix=cpu)
+    return accounting.micro_batch_that_fits(cfg, usable, attention_matrix=cpu, state=state)

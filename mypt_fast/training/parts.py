@@ -17,7 +17,7 @@ from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import init_from
 from mypt_fast.training.events import EventLog
-from mypt_fast.training.optim import adamw, freeze
+from mypt_fast.training.optim import freeze, make_optimizer
 from mypt_fast.training.run import Run
 from mypt_fast.training.selection import Selection
 from mypt_fast.training.store import Store
@@ -59,7 +59,7 @@ def make(run: Run) -> Parts:
     model.to(run.device).train()
     freeze(model, train_cfg)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision.scaler)
-    parts = Parts(log, store, model, adamw(model, train_cfg), scaler)
+    parts = Parts(log, store, model, make_optimizer(model, train_cfg), scaler)
     torch.manual_seed(train_cfg.seed)  # dropout; weights and data have their own
     if saved is not None:
         store.restore(saved)

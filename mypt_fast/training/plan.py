@@ -15,6 +15,12 @@ from mypt_fast.training.run import Run
 # faster the matmul, the more the rest weighs).
 MODEL_SHARE = {torch.float32: 0.6, torch.bfloat16: 0.3, torch.float16: 0.3}
 
+# How the start line names a state layout; `exact` is the one nobody has to be told of.
+STATES = {
+    "exact16": "state exact16",
+    "fast": "state fast (not exact: bf16 gradients, 8-bit moments)",
+}
+
 
 def estimated_tokens_per_s(run: Run) -> float:
     """A rough speed: model FLOPs at a share of a short matmul's rate on this device."""
@@ -52,9 +58,10 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     parameters = console.count(accounting.count_parameters(cfg).total)
     ways = [run.precision.name, "compiled" if compiled else "eager"]
     ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, compiled))
+    ways += [STATES[train.state]] if train.state in STATES else []
     ways += ["activations recomputed"] if cfg.use_checkpoint else []
     needed = accounting.training_bytes(
-        cfg, run.micro_batch, attention_matrix=run.device.type == "cpu"
+        cfg, run.micro_batch, attention_matrix=run.device.type == "cpu", state=train.state
     )
     resumed = " (resumed)" if s.resume else ""
     count = console.count

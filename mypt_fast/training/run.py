@@ -65,6 +65,16 @@ def gate_notice(settings: Settings) -> list[str]:
     return []
 
 
+def layout_notice(settings: Settings) -> str | None:
+    """A line where a run goes on in another state layout than it was saved in."""
+    plan, now = settings.saved_state.get("plan"), settings.train.state
+    was = plan.get("state", "exact") if isinstance(plan, dict) else "exact"
+    if not settings.resume or was == now:
+        return None
+    rounded = ", moments rounded to 8 bits" if now == "fast" else ""
+    return f"state layout changes from {was} to {now}: weights as they were{rounded}"
+
+
 def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> Run:
     """Open device, tokenizer and data, and choose the micro-batch.
 
@@ -84,8 +94,11 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         settings.train.amp_dtype,
         explicit="amp_dtype" in typed or was_mixed,
     )
+    settings.train.state, precision, state_note = devices.for_state(
+        settings.train.state, precision, settings.train.use_amp
+    )
     devices.check_kernels(settings.train.kernels, device, precision)
-    notices = [n for n in (note, amp_note) if n]
+    notices = [n for n in (note, amp_note, state_note, layout_notice(settings)) if n]
     opener = DataOpener(settings, notices, progress, device)
     tokenizer, phases, train_tokens, val_tokens = opener.open()
     eval_sets: dict[str, Source] = {**opener.eval_sets(tokenizer)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,10 +65,13 @@ class Selection:
         )
         found = self._losses(phase, accuracy, final)
         if self.run.prompts and not final:
-            found.samples = write_samples(
-                self.store.model, self.run.tokenizer, self.run.prompts, tc.eval_max_new_tokens,
-                self.between,
-            )  # fmt: skip
+            # fp32 weights write in fp32; bf16 ones meet fp32 activations only under autocast
+            exact = tc.state == "exact"
+            with contextlib.nullcontext() if exact else self.run.precision.autocast():
+                found.samples = write_samples(
+                    self.store.model, self.run.tokenizer, self.run.prompts, tc.eval_max_new_tokens,
+                    self.between,
+                )  # fmt: skip
         if accuracy:
             found.masks = self._saturation(step, found)
         return found

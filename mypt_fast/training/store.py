@@ -242,6 +242,7 @@ class Store:
             "global_batch": self.settings.global_batch,
             "use_checkpoint": cfg.use_checkpoint,
             "precision": self.run.precision.name,
+            "state": self.settings.train.state,
         }
         return state
 

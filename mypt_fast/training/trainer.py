@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mypt_fast import console
 from mypt_fast.errors import DeviceError, DivergedError
@@ -26,6 +26,7 @@ from mypt_fast.training.guard import (
     judge,
 )
 from mypt_fast.training.journal import Journal
+from mypt_fast.training.optim import clip
 from mypt_fast.training.parts import Parts, make, use_compile
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import learning_rate
@@ -180,10 +181,11 @@ class Trainer:
         """
         while True:
             try:
-                loss = float(self._accumulate(loader))
+                total = self._accumulate(loader)
                 self.scaler.unscale_(self.optimizer)
-                clip = self.train_cfg.grad_clip or math.inf
-                norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+                norm = clip(self.optimizer, self.model, self.train_cfg.grad_clip or math.inf)
+                # the one time that the host waits for the device in a step
+                loss, norm = torch.stack((total, norm.to(total))).tolist()
             except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError
                 self.stop.raise_if_set()  # what interrupted a compiler may come out as its error
                 if not is_out_of_memory(e):

@@ -299,7 +299,7 @@ def all_cases(shape: dict[str, int], dtype: torch.dtype, arch: int) -> Iterator[
         dtype: of the activations.
         arch: as in `ARCHS`.
     """
-    from mypt_fast.kernels.jit import activation, cross_entropy, norm, rope
+    from mypt_fast.kernels.jit import activation, adamw, cross_entropy, norm, rope
 
-    for module in (norm, activation, rope, cross_entropy):
+    for module in (norm, activation, rope, cross_entropy, adamw):
         yield from module.cases(shape, dtype, arch)

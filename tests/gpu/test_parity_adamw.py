@@ -1,0 +1,3 @@
+"""tests/kernels/test_adamw.py on a GPU."""
+
+from tests.kernels.test_adamw import *  # noqa: F403
