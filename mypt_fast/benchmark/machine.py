@@ -47,22 +47,23 @@ def facts(device: str) -> dict[str, Any]:
 
         found["triton"] = triton.__version__
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
+        index = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
         found["gpu"] = {
             "name": properties.name,
-            "capability": list(torch.cuda.get_device_capability(0)),
+            "capability": list(torch.cuda.get_device_capability(index)),
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "cuda": torch.version.cuda,
-            **card(),
+            **card(index),
         }
     return found
 
 
-def card() -> dict[str, str]:
+def card(index: int = 0) -> dict[str, str]:
     """Driver and clocks as the driver's tool tells them now; empty where it cannot be asked."""
-    command = ["nvidia-smi", f"--query-gpu={CARD_QUERY}", "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", f"--query-gpu={CARD_QUERY}", "--format=csv,noheader", f"--id={index}"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -45,7 +45,7 @@ class Clock:
         self.longest_launch = 0.0
         self.cache: Tensor | None = None
         if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             size = max(MIN_FLUSH_BYTES, 2 * (getattr(properties, "L2_cache_size", 0) or 0))
             self.cache = torch.empty(size // 4, dtype=torch.int32, device=device)
             self.cycles_per_s = 1e3 * (getattr(properties, "clock_rate", 0) or 2_000_000)
