@@ -1,8 +1,8 @@
 """The baseline: a GPT in the plain PyTorch that small trainers write, with full logits.
 
 It computes what mypt_fast.model computes: with the same weights it has the same loss. Fused QKV,
-PyTorch's attention, one `F.cross_entropy` over (B T, V) logits, whole-model torch.compile: nanoGPT's
-way. Its names carry "embedding", so that AdamW leaves the same parameters undecayed.
+PyTorch's attention, one `F.cross_entropy` over (B T, V) logits, whole-model torch.compile, as in
+nanoGPT. Its names carry "embedding", so that AdamW leaves the same parameters undecayed.
 """
 
 import torch

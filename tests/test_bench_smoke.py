@@ -1,6 +1,5 @@
 """The benchmarks' own parts, at sizes that take no time: nothing here is timed for its own sake."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -17,9 +16,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mypt_fast import kernels, presets
+from mypt_fast import kernels
 from mypt_fast.benchmark import timing
-from mypt_fast.model import GPT
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import sys
-import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 from types import SimpleNamespace

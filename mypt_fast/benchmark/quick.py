@@ -85,7 +85,8 @@ def ceilings(clock: Clock, dtype: torch.dtype, samples: int) -> dict[str, float]
 
 def sampled(work: Callable[[], float], samples: int, seconds: float) -> dict[str, Any]:
     """Samples of `work`, which returns its own time; the first three always, the rest in time."""
-    began, found = time.monotonic(), []
+    began = time.monotonic()
+    found: list[float] = []
     while len(found) < samples and (len(found) < 3 or time.monotonic() - began < seconds):
         found.append(work())
     return {"median_s": median(found), "samples_s": found}
