@@ -124,9 +124,8 @@ def test_core(bench, monkeypatch) -> None:
     monkeypatch.setattr(module.presets, "load", lambda name: made)  # the command line's, too
     monkeypatch.setitem(module.CASES, "tiny_char", 2)
     monkeypatch.setattr(module, "N_TOKENS", 5000)
-    monkeypatch.setattr(module, "ROUNDS", 2)
     monkeypatch.setattr(module, "STEPS", 4)
-    row = module.compare("tiny_char")
+    row = module.compare("tiny_char", 2)
     assert (row["tokens_per_step"], len(row["ratios"])) == (32, 2)
     assert len(row["trainer_s"]) == len(row["fit_s"]) == 2 * (4 - module.WARM_UP)
     assert min(row["ratios"]) <= row["ratio_median"] <= max(row["ratios"])

@@ -150,20 +150,57 @@ def test_models_of_another_micro_batch_are_not_compared(bench) -> None:
     assert rows[1]["times"] == {}
 
 
-@pytest.mark.slow
-def test_processes_take_turns_and_tell_their_loss(bench, monkeypatch, tmp_path) -> None:
-    """The real children, at a size of a preset file of our own, nothing compiled."""
+@pytest.fixture
+def little(bench, monkeypatch, tmp_path):
+    """A case on a preset file of our own, of variants that compile nothing."""
     preset = tmp_path / "little.json"
     preset.write_text(json.dumps({**SIZES, "dropout": 0.0, "batch_size": 2}))
-    case = bench.bench_step.Case(str(preset), "fp32", 2, rounds=2)
-    rows, in_turn = bench.bench_step.measure(case, 1.0, ["plain-eager", "mypt-eager", "auto-eager"])
-    rows = bench.bench_step.finish(case, rows, in_turn, 1e12)
+    names = ("plain-eager", "mypt-eager", "hf", "auto-eager")
+    monkeypatch.setattr(bench.bench_step, "VARIANTS", names)
+    monkeypatch.setattr(bench.bench_step, "OURS", "auto-eager")
+    return bench.bench_step.Case(str(preset), "fp32", 2, rounds=2)
+
+
+@pytest.mark.slow
+def test_the_script_runs_processes_in_turn_and_saves_their_rows(
+    bench, little, monkeypatch, tmp_path, capsys
+) -> None:
+    monkeypatch.setattr(bench.bench_step, "CASES", {"cpu": (little,)})
+    monkeypatch.setattr(bench.bench_step, "matmul_rate", lambda clock, dtype: 1e12)
+    monkeypatch.setattr(sys, "argv", ["bench_step.py"])
+    monkeypatch.setattr(importlib.import_module("record"), "RESULTS", tmp_path)
+    assert bench.bench_step.main() == 0
+    *rows, absent = json.loads((tmp_path / "cpu/step.json").read_text())["rows"]
+    assert absent["absent"]
     assert not [r["failed"] for r in rows if "failed" in r]
     assert [len(r["samples"]) for r in rows] == [2, 2, 2]
     assert {r["steps"] for r in rows} == {bench.steps.WARM_UP + 2}
     assert all(r["peak_resident_bytes"] > 1 << 20 for r in rows)
     assert max(r["loss"] for r in rows) - min(r["loss"] for r in rows) < 1e-4
     assert rows[2]["times"]["mypt-eager"]["rounds"] == 2
+    assert "x mypt-eager" in capsys.readouterr().out
+    report = importlib.import_module("report_tables")
+    assert len(report.step([*rows, absent])) == 2 + 4
+
+
+@pytest.mark.slow
+def test_the_row_of_pytest_times_our_process_and_ends_all(bench, little, monkeypatch) -> None:
+    started = []
+    monkeypatch.setattr(
+        bench.bench_step,
+        "Model",
+        lambda *a: started.append(bench.gpu_suite.Model(*a)) or started[-1],
+    )
+
+    def pedantic(work, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            work()
+
+    mark = SimpleNamespace(group="", extra_info={}, pedantic=pedantic)
+    bench.bench_step.test_step(mark, little)
+    assert [len(r["samples"]) for r in mark.extra_info["rows"]] == [2, 2, 2]
+    assert [m.process.poll() is not None for m in started] == [True] * 3
 
 
 @pytest.mark.parametrize(
