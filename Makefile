@@ -10,10 +10,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults sanitize sanitize-run test-gpu check format bench golden clean
+.PHONY: help demo test test-slow faults sanitize sanitize-run test-gpu check format bench bench-report golden clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.10 or newer, or set PYTHON=..."; exit 2; }
@@ -77,6 +77,9 @@ format: $(READY)  ## format the code
 
 bench: $(READY)  ## all benchmarks (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+bench-report: $(READY)  ## docs/performance.md and the README's tables from bench/results
+	$(BIN)/python bench/report.py
 
 golden: $(READY)  ## rewrite the frozen --help texts
 	MYPT_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/cli

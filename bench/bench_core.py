@@ -31,6 +31,7 @@ from mypt_fast.model import GPT
 from mypt_fast.training.optim import adamw
 
 BAR = 0.02
+SHORT_ROUNDS = 2  # under pytest, which has ten minutes for all of bench/
 ROUNDS, STEPS, WARM_UP = 5, 8, 2  # runs of each side, their steps, and how many do not count
 CASES = {"tiny_char": 16, "small_char": 8}  # preset: sequences per step
 N_TOKENS = 200_000
@@ -101,12 +102,12 @@ def core(preset: str, number: int, tokens: np.ndarray) -> list[float]:
     return steps_of(log)
 
 
-def compare(preset: str) -> dict:
+def compare(preset: str, rounds: int = ROUNDS) -> dict:
     """Both sides in turn; the ratio of fit's step to the trainer's, pair by pair of runs."""
     tokens_per_step = CASES[preset] * presets.load(preset).model.block_size
     with dataset() as tokens:
         core(preset, -1, tokens)  # warm up
-        pairs = [(own(preset, n), core(preset, n, tokens)) for n in range(ROUNDS)]
+        pairs = [(own(preset, n), core(preset, n, tokens)) for n in range(rounds)]
     ratios = [statistics.median(c) / statistics.median(o) for o, c in pairs]
     return {
         "preset": preset,
@@ -122,8 +123,8 @@ def compare(preset: str) -> dict:
 @pytest.mark.parametrize("preset", CASES)
 def test_step_of_fit(benchmark, preset: str) -> None:
     with dataset() as tokens:
-        benchmark.pedantic(lambda: core(preset, 0, tokens), rounds=1, warmup_rounds=1)
-    benchmark.extra_info.update(compare(preset))
+        benchmark.pedantic(lambda: core(preset, 0, tokens), rounds=1)
+    benchmark.extra_info.update(compare(preset, SHORT_ROUNDS))
 
 
 if __name__ == "__main__":

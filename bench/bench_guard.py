@@ -7,7 +7,8 @@ python bench/bench_guard.py                          the rows, saved to bench/re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,13 +27,17 @@ MICRO_STEPS = 4
 BAR_S = 0.5e-3
 
 
-def log_cost(folder: Path) -> Callable[[], object]:
+@contextmanager
+def log_cost(folder: Path) -> Iterator[Callable[[], object]]:
     """One `train` event in a file."""
-    journal = SimpleNamespace(log=EventLog(folder / "a.jsonl"), tokens_per_step=4096)
-    return lambda: Journal.step(journal, 123456, 2.345678901, 3e-4, 0.987654321, 0.0123)  # type: ignore[arg-type]
+    log = EventLog(folder / "a.jsonl")
+    journal = SimpleNamespace(log=log, tokens_per_step=4096)
+    yield lambda: Journal.step(journal, 123456, 2.345678901, 3e-4, 0.987654321, 0.0123)  # type: ignore[arg-type]
+    log.close()
 
 
-def guard_cost(folder: Path) -> Callable[[], object]:
+@contextmanager
+def guard_cost(folder: Path) -> Iterator[Callable[[], object]]:
     """The mark to undo a step, the places where signals interrupt it, and the decision."""
     state = GuardState(losses=[2.0 + i / 1000 for i in range(WINDOW)])
     cpu, stop = torch.device("cpu"), StopSignal()
@@ -45,7 +50,7 @@ def guard_cost(folder: Path) -> Callable[[], object]:
                 pass
         judge(state, 2.01, [fault(2.01, 1.0)], limit=3, spike_action="log")
 
-    return step
+    yield step
 
 
 CASES = {"log": log_cost, "guards": guard_cost}
@@ -53,11 +58,12 @@ CASES = {"log": log_cost, "guards": guard_cost}
 
 def measure(name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        step, samples = CASES[name](Path(folder)), []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            step()
-            samples.append(time.perf_counter() - began)
+        samples = []
+        with CASES[name](Path(folder)) as step:
+            for _ in range(ROUNDS):
+                began = time.perf_counter()
+                step()
+                samples.append(time.perf_counter() - began)
     cuts = statistics.quantiles(samples, n=100)
     return {
         "what": name, "rounds": ROUNDS, "median_s": statistics.median(samples), "p99_s": cuts[98],
@@ -67,7 +73,8 @@ def measure(name: str) -> dict:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step(benchmark, tmp_path, name: str) -> None:
-    benchmark(CASES[name](tmp_path))
+    with CASES[name](tmp_path) as step:
+        benchmark(step)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Providers are sampled in turn, so that a drift of the machine hits all alike. A forward is one that
 leaves what its backward needs. Memory is the most held beyond the inputs during a forward and a
 backward, gradients included; their own size is given beside it. How a sample is taken says
-gpu_timing.py, who is compared says kernel_cases.py.
+mypt_fast/benchmark/timing.py, who is compared says kernel_cases.py.
 
 On a CPU the bar is the head: ours at most 1.10 times the best of the others, in at most 60 MB of
 logits.
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -29,10 +28,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the CLI does, for all 
 import pytest
 import record
 import torch
-from gpu_timing import Clock, copy_rate, device_error, facts, matmul_rate
 from kernel_cases import BUILDERS, Case, Shape, plan
 from kernel_measure import ROUNDS, DeviceLostError, Measurement, digits, logits_bytes
 from peers import Peers
+from record import slug
+
+from mypt_fast.benchmark.machine import facts
+from mypt_fast.benchmark.timing import Clock, copy_rate, device_error, matmul_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BAR, BAR_LOGITS_BYTES = 1.10, 60e6
@@ -129,11 +131,6 @@ def add_resident_growth(rows: list[dict[str, Any]], op: str) -> None:
             row["rss_growth_bytes"] = int(answer.stdout.split()[-1])
         else:
             row["rss_failure"] = answer.stderr.strip().rpartition("\n")[2][-300:]
-
-
-def slug(name: str) -> str:
-    """A device's name as a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class Report:

@@ -1,174 +1,268 @@
-"""A training step on this CPU, ours beside a plain PyTorch GPT of the same shape.
+"""A training step: this engine beside plain PyTorch, MyPT's manner and Hugging Face.
 
-Both models take the same batch, dtype, AdamW (fused) and gradient clipping, in one process, in
-turn: every round runs the reference once and ours once, and the ratio is taken pair by pair.
+Each model trains in a process of its own, on the same weights, batches, dtype, AdamW and clipping
+(steps.py says how). The processes take turns, a step each, so that a ratio is taken round by round
+and a drift of the machine hits all alike. A card too small for all of them at once gives each its
+rounds in turn: then the ratios are of medians, and the row says so.
 
-    pytest bench/bench_step.py --benchmark-only          the rows
-    python bench/bench_step.py                           the rows, saved to bench/results/cpu/
+    pytest bench/bench_step.py --benchmark-only            one short case, about two minutes
+    python bench/bench_step.py [--cases tiny-bf16,...]     all of them, to bench/results/<device>/
+    python bench/bench_step.py --vram 16G                  on a GPU: no process may hold more
+
+MFU is model FLOPs (accounting.flops_per_token) over the rate of a bare matmul in the same dtype,
+measured here before and after; the better of the two counts. The bars are on a CPU: `auto` at
+least 0.97 times `plain` (both compiled), and at 150M 1.5 times `mypt-eager`.
 """
 
+import argparse
 import os
-import statistics
+import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the CLI does, for both sides
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the CLI does, for all sides
 
+import hf_gpt
 import pytest
 import torch
-import torch.nn.functional as F
-from record import machine, save
-from torch import Tensor, nn
+from gpu_suite import ROOMY_BYTES, Model, Suite
+from record import save, slug
+from steps import DTYPES
 
 from mypt_fast import presets
-from mypt_fast.accounting import count_parameters
-from mypt_fast.config import ModelConfig, TrainConfig
-from mypt_fast.model import GPT
+from mypt_fast.accounting import flops_per_token
+from mypt_fast.benchmark.timing import Clock, matmul_rate, median
 from mypt_fast.training import device as devices
-from mypt_fast.training.optim import adamw
 
-ROUNDS = 7
-# the preset's batch for tiny; 8 of small's 32 sequences keep the whole file under 6 minutes
-SEQUENCES = {"tiny": 16, "small": 8}
-CASES = [("tiny", "fp32"), ("small", "fp32"), ("tiny", "bf16")]
-
-
-class PlainBlock(nn.Module):
-    """A pre-norm block as every plain GPT writes it."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        C = cfg.n_embd
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
-        self.norm_1, self.norm_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
-        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
-        self.drop = nn.Dropout(cfg.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).chunk(3, dim=-1)
-        q, k, v = (t.reshape(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
-        x = x + self.drop(self.out(y.transpose(1, 2).reshape(B, T, C)))
-        return x + self.drop(self.down(F.gelu(self.up(self.norm_2(x)))))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS, BASELINE, MYPT = "auto", "plain", "mypt-eager"
+VARIANTS = ("plain-eager", BASELINE, MYPT, "hf", "auto-eager", OURS)
+BARS = {BASELINE: 0.97, MYPT: 1.5}  # on a CPU; the second at 150M only
+LEAST_ROUNDS = 7
 
 
-class PlainGPT(nn.Module):
-    """The reference: full logits, then cross-entropy."""
+@dataclass(frozen=True)
+class Case:
+    """A preset at a number of sequences a step."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.positions = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.blocks = nn.ModuleList(PlainBlock(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.LayerNorm(cfg.n_embd)
-        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size)
+    preset: str
+    dtype: str
+    sequences: int
+    rounds: int = LEAST_ROUNDS
+    steps: int = 1  # a round
 
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(idx) + self.positions(torch.arange(idx.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+    @property
+    def name(self) -> str:
+        """As --cases takes it."""
+        return f"{self.preset.rpartition('/')[2]}-{self.dtype}"
 
 
-def stepper(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., float]:
-    """One optimizer step on a batch; returns the seconds it took."""
-    optimizer = adamw(model, TrainConfig())
-
-    def step(x: Tensor, y: Tensor) -> float:
-        began = time.perf_counter()
-        loss_of(x, y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - began
-
-    return step
-
-
-def pair(
-    preset: str, dtype: str, compiled: bool
-) -> tuple[Callable[[], float], Callable[[], float], int]:
-    """Reference step, our step, tokens per step."""
-    cfg = presets.load(preset).model
-    torch.manual_seed(0)
-    plain, ours = PlainGPT(cfg).train(), GPT(cfg).train()
-    assert sum(p.numel() for p in plain.parameters()) == count_parameters(cfg).total
-    shape = (SEQUENCES[preset], cfg.block_size)
-    x, y = (torch.randint(cfg.vocab_size, shape) for _ in "xy")
-    reference_loss: Callable[[Tensor, Tensor], Tensor] = plain
-    if compiled:
-        reference_loss = torch.compile(plain)
-        ours.hidden = torch.compile(ours.hidden)  # as the trainer does
-    amp = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16")
-
-    def under_amp(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def call(x: Tensor, y: Tensor) -> Tensor:
-            with amp:
-                return loss(x, y)
-
-        return call
-
-    reference = stepper(plain, under_amp(reference_loss))
-    own = stepper(ours, under_amp(lambda x, y: ours(x, y) / y.numel()))
-    for step in (reference, own, reference, own):  # compile and warm up
-        step(x, y)
-    return lambda: reference(x, y), lambda: own(x, y), x.numel()
+# The preset's batch for tiny; 8 of small's 32 sequences and one of 150M's 24, as a CPU has hours.
+CASES = {
+    "cpu": (
+        Case("tiny", "fp32", 16), Case("tiny", "bf16", 16), Case("small", "fp32", 8),
+        Case("small", "bf16", 8), Case("150M_1024", "fp32", 1), Case("150M_1024", "bf16", 1),
+    ),
+    "cuda": (
+        Case("500M_1024", "bf16", 8, 12, 4), Case("500M_1024_llama", "bf16", 8, 12, 4),
+        Case("base/750M_unified_v1", "bf16", 4, 12, 4),
+    ),
+}  # fmt: skip
+# pytest has ten minutes for all of bench/, and each compiled process takes half a minute of a CPU
+# to start: one case of three rounds there shows that it runs, the script measures all with seven
+SHORT = {
+    "cpu": (Case("tiny", "bf16" if devices.cpu_has_bf16() else "fp32", 16, 3),),
+    "cuda": (Case("500M_1024", "bf16", 8, 3, 2),),
+}
 
 
-def compare(preset: str, dtype: str, compiled: bool) -> dict:
-    """Run both in turn; returns samples and the median of the pairwise ratios."""
-    reference, own, tokens = pair(preset, dtype, compiled)
-    pairs = [(reference(), own()) for _ in range(ROUNDS)]
-    return row(preset, dtype, compiled, pairs, tokens)
+@contextmanager
+def suite(case: Case, vram_gib: float, minutes: float = 30.0) -> Iterator[Suite]:
+    """What the processes of a case are started with; its caches go with it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        args = Namespace(
+            out=Path(folder), minutes=minutes, only="steps", preset=case.preset,
+            micro_batch=case.sequences, cap_gib=vram_gib, device=DEVICE, dtype=case.dtype,
+        )  # fmt: skip
+        yield Suite(args, Path(folder, "scratch"))
 
 
-def row(
-    preset: str, dtype: str, compiled: bool, pairs: list[tuple[float, float]], tokens: int
-) -> dict:
-    ratios = [r / o for r, o in pairs]
-    return {
-        "preset": preset,
-        "dtype": dtype,
-        "mode": "compiled" if compiled else "eager",
-        "sequences": SEQUENCES[preset],
-        "tokens_per_step": tokens,
-        "reference_s": [r for r, _ in pairs],
-        "ours_s": [o for _, o in pairs],
-        "speedup_median": statistics.median(ratios),
-        "speedup_min": min(ratios),
-        "ours_tokens_per_s": tokens / statistics.median(o for _, o in pairs),
-    }
+def variants_of(case: Case) -> tuple[list[str], dict[str, str]]:
+    """The variants that can run here, and why the others cannot."""
+    absent = {}
+    why = hf_gpt.why_not(presets.load(case.preset).model, DEVICE)
+    if why:
+        absent["hf"] = why
+    return [v for v in VARIANTS if v not in absent], absent
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("preset", "dtype"), CASES)
-def test_step(benchmark, preset: str, dtype: str, compiled: bool) -> None:
-    if dtype == "bf16" and not devices.cpu_has_bf16():
-        pytest.skip("this CPU has no bf16 instructions")
-    benchmark.group = f"training step, {preset} {dtype}"
-    reference, own, tokens = pair(preset, dtype, compiled)
-    reference_s: list[float] = []
-    own_s: list[float] = []
-    benchmark.pedantic(
-        lambda: own_s.append(own()),
-        setup=lambda: reference_s.append(reference()),  # untimed here, timed by itself
-        rounds=ROUNDS,
-    )
-    result = row(preset, dtype, compiled, list(zip(reference_s, own_s, strict=True)), tokens)
-    benchmark.extra_info.update(result)
-    print(f"\n{preset} {result['mode']}: {result['speedup_median']:.3f}x plain PyTorch")
+def start(run: Suite, names: list[str]) -> list[Model]:
+    """Start and warm up one after the other: no two compile, or hold their peak, at once."""
+    models: list[Model] = []
+    try:
+        for name in names:
+            models.append(Model(run, name))
+            models[-1].answer(time.monotonic() + run.left())
+    except BaseException:
+        close(models)
+        raise
+    return models
+
+
+def close(models: list[Model]) -> None:
+    """End all processes."""
+    for model in models:
+        model.close()
+
+
+def measure(case: Case, vram_gib: float, names: list[str]) -> tuple[list[dict[str, Any]], bool]:
+    """A row per variant, and whether they took turns."""
+    roomy = DEVICE == "cpu" or torch.cuda.get_device_properties(0).total_memory > ROOMY_BYTES
+    rows = []
+    for group in [names] if roomy else [[name] for name in names]:
+        with suite(case, vram_gib) as run:
+            models = start(run, group)
+            try:
+                for _ in range(case.rounds):
+                    for model in models:
+                        model.ask(case.steps, time.monotonic() + run.left())
+                for model in models:
+                    model.ask("loss", time.monotonic() + run.left())
+                rows += [model.row() for model in models]
+            finally:
+                close(models)
+    return rows, roomy
+
+
+def ratios(own: dict[str, Any], other: dict[str, Any], in_turn: bool) -> dict[str, Any]:
+    """How many times faster `own` is: round by round, or of medians."""
+    if not in_turn:
+        middle = median(other["samples"]) / median(own["samples"])
+        return {"median": middle, "of": "medians"}
+    each = [b / a for a, b in zip(own["samples"], other["samples"], strict=True)]
+    return {"median": median(each), "min": min(each), "max": max(each), "rounds": len(each)}
+
+
+def complete(row: dict[str, Any], rounds: int) -> bool:
+    """Whether it has all its samples."""
+    return len(row.get("samples", ())) == rounds
+
+
+def finish(
+    case: Case, rows: list[dict[str, Any]], in_turn: bool, matmul: float
+) -> list[dict[str, Any]]:
+    """The rows with what follows from them: MFU, and the ratios of our variants to the others."""
+    flops, samples = flops_per_token(presets.load(case.preset).model), case.rounds * case.steps
+    by_name = {row["variant"]: row for row in rows}
+    for row in rows:
+        row |= {"preset": case.preset, "dtype": case.dtype, "sequences": case.sequences}
+        if "tokens_per_s" in row:
+            row["mfu"] = row["tokens_per_s"] * flops / matmul
+            row["matmul_tflops"] = matmul / 1e12
+    for own in ("auto-eager", OURS):
+        if own in by_name and complete(by_name[own], samples):
+            by_name[own]["times"] = {
+                name: ratios(by_name[own], row, in_turn)
+                for name, row in by_name.items()
+                if name != own
+                and complete(row, samples)
+                and row["micro_batch"] == by_name[own]["micro_batch"]
+            }
+    return rows
+
+
+def compare(case: Case, vram_gib: float = 16.0) -> list[dict[str, Any]]:
+    """All rows of a case; a variant that is not here has a row that says why."""
+    clock, dtype = Clock(DEVICE), DTYPES[case.dtype]
+    names, absent = variants_of(case)
+    before = matmul_rate(clock, dtype)
+    rows, in_turn = measure(case, vram_gib, names)
+    rows = finish(case, rows, in_turn, max(before, matmul_rate(clock, dtype)))
+    common = {"preset": case.preset, "dtype": case.dtype, "sequences": case.sequences}
+    return rows + [{"variant": v, "absent": why, **common} for v, why in absent.items()]
+
+
+def runnable(cases: tuple[Case, ...]) -> list[Case]:
+    """Without bf16 on a CPU that emulates it."""
+    return [c for c in cases if DEVICE == "cuda" or c.dtype == "fp32" or devices.cpu_has_bf16()]
+
+
+@pytest.mark.parametrize("case", SHORT[DEVICE], ids=lambda c: c.name)
+def test_step(benchmark, case: Case) -> None:
+    benchmark.group = f"training step, {case.name}"
+    names, _ = variants_of(case)
+    with suite(case, 16.0, minutes=5.0) as run:
+        models = start(run, names)
+        try:
+            own = models[names.index(OURS)]
+
+            def others() -> None:
+                for model in models:
+                    if model is not own:
+                        model.ask(case.steps, time.monotonic() + run.left())
+
+            benchmark.pedantic(
+                lambda: own.ask(case.steps, time.monotonic() + run.left()),
+                setup=others,
+                rounds=case.rounds,
+            )
+            rows = finish(case, [m.row() for m in models], True, 1e12)
+        finally:
+            close(models)
+    assert not [row for row in rows if "failed" in row]
+    benchmark.extra_info["rows"] = rows
+    show(rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A line per row."""
+    for row in rows:
+        case = f"{row['preset']:10} {row['dtype']} {row['variant']:12}"
+        if "tokens_per_s" not in row:
+            print(f"{case} {row.get('absent') or row.get('failed')}", flush=True)
+            continue
+        times = {k: f"{v['median']:.3f}x" for k, v in row.get("times", {}).items()}
+        words = ", ".join(f"{ratio} {name}" for name, ratio in times.items())
+        loss = f" loss {row['loss']:.4f} after {row['steps']}" if "loss" in row else ""
+        print(f"{case} {row['tokens_per_s']:10,.0f} tokens/s{loss} {words}", flush=True)
+
+
+def gib(text: str) -> float:
+    """A size as people write it, in GiB: 16, 16G, 16GiB, 500M."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:(G|M)(?:i?B)?)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size as 16G; found {text!r}")
+    return float(found[1]) / (1024 if (found[2] or "G").upper() == "M" else 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--vram", type=gib, default=16.0, metavar="SIZE", help="of GPU memory")
+    parser.add_argument("--cases", help="only these, comma-separated; the file then has no others")
+    args = parser.parse_args()
+    known = {c.name: c for c in runnable(CASES[DEVICE])}
+    asked = args.cases.split(",") if args.cases else list(known)
+    if set(asked) - set(known):
+        parser.error(f"--cases: expected some of {', '.join(known)}; found {args.cases}")
+    rows: list[dict[str, Any]] = []
+    with suite(known[asked[0]], args.vram) as run:
+        facts = run.facts
+    folder = slug(facts["gpu"]["name"]) if "gpu" in facts else "cpu"
+    for name in asked:
+        found = compare(known[name], args.vram)
+        show(found)
+        rows += found
+        cap = {"cap_gib": args.vram} if DEVICE == "cuda" else {}
+        save("step", {**facts, **cap}, rows, folder)  # after each case: one that fails spares them
+    return 0
 
 
 if __name__ == "__main__":
-    cases = [c for c in CASES if c[1] == "fp32" or devices.cpu_has_bf16()]
-    rows = [compare(p, d, c) for p, d in cases for c in (False, True)]
-    for r in rows:
-        ratio = f"{r['speedup_median']:.3f}x (min {r['speedup_min']:.3f})"
-        case = f"{r['preset']:6} {r['dtype']} {r['mode']:9}"
-        print(f"{case} {ratio} {r['ours_tokens_per_s']:,.0f} tokens/s")
-    save("step", machine(), rows)
+    sys.exit(main())

@@ -34,8 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import card, facts, median, quantile
 from parity_report import summary
+
+from mypt_fast.benchmark.machine import card, facts
+from mypt_fast.benchmark.timing import median, quantile
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -54,7 +56,7 @@ class Suite:
         self.args, self.scratch = args, scratch
         self.out: Path = args.out
         self.end = time.monotonic() + 60 * args.minutes
-        self.facts = facts("cuda")
+        self.facts = facts(args.device)
         self.parts = [p for p in PARTS if p in args.only.split(",")]
         self.record: dict[str, Any] = {"minutes": args.minutes, "parts": {}}
         # `tests` is a folder without __init__: this one wins over a package of that name elsewhere
@@ -186,8 +188,9 @@ class Model:
         self.log = (suite.scratch / f"{variant.replace('/', '-')}.log").open("w+")
         self.process = suite.start(
             [
-                str(BENCH / "gpu_steps.py"), "--variant", variant, "--preset", args.preset,
+                str(BENCH / "steps.py"), "--variant", variant, "--preset", args.preset,
                 "--micro-batch", str(args.micro_batch), "--cap-gib", str(args.cap_gib),
+                "--device", args.device, "--dtype", args.dtype,
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
         )  # fmt: skip
@@ -225,8 +228,8 @@ class Model:
         self.seconds += found.get("seconds", [])
         return found
 
-    def ask(self, steps: int, until: float) -> None:
-        """Have it run some steps."""
+    def ask(self, steps: int | str, until: float) -> None:
+        """Have it run some steps, or tell its `loss`, after which it is done."""
         if not self.over:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.write(f"{steps}\n")
@@ -266,7 +269,7 @@ def write_steps(suite: Suite, models: list[Model]) -> None:
             r["variant"] for r in rows if r is not row and size and r.get("micro_batch") == size
         ]
     suite.write("steps", {
-        "preset": args.preset, "dtype": "bf16 autocast", "cap_gib": args.cap_gib,
+        "preset": args.preset, "dtype": f"{args.dtype} autocast", "cap_gib": args.cap_gib,
         "asked_micro_batch": args.micro_batch, "card_now": card(),
         "rows": rows,
     })  # fmt: skip
@@ -356,11 +359,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
-    parser.add_argument("--variants", default=VARIANTS, help="of the steps, see gpu_steps.py")
+    parser.add_argument("--variants", default=VARIANTS, help="of the steps, see steps.py")
     parser.add_argument("--preset", default="base/750M_unified_v1")
     parser.add_argument("--micro-batch", type=int, default=1, help="halved until it fits")
     parser.add_argument("--cap-gib", type=float, default=16.0)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     args = parser.parse_args()
+    args.device = "cuda"
     unknown = set(args.only.split(",")) - set(PARTS)
     if unknown:
         parser.error(f"--only: expected some of {', '.join(PARTS)}; found {', '.join(unknown)}")

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import torch
-from gpu_timing import Clock, device_error, median, peak_extra_bytes, quantile
 from kernel_cases import Case
 from torch import Tensor
 
+from mypt_fast.benchmark.timing import Clock, device_error, median, peak_extra_bytes, quantile
 from mypt_fast.kernels.chunked_head import ALIGNMENT, chunk_rows
 
 ROUNDS = {"cuda": 50, "cpu": 9}

@@ -1,44 +1,23 @@
 """Where benchmark results are kept: bench/results/<device>/<suite>.json, raw samples included."""
 
-import datetime
 import json
-import platform
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from mypt_fast.benchmark.machine import machine
+
+__all__ = ["RESULTS", "machine", "run_suite", "save", "slug"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def cpu_name() -> str:
-    """The processor's own name, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(
-            x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know to place a number; never the machine's name."""
-    import os
-
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-    }
+def slug(name: str) -> str:
+    """A device's name as a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def run_suite(file: str) -> list[dict[str, Any]]:

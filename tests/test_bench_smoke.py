@@ -1,6 +1,5 @@
 """The benchmarks' own parts, at sizes that take no time: nothing here is timed for its own sake."""
 
-import dataclasses
 import functools
 import importlib
 import json
@@ -17,8 +16,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from mypt_fast import kernels, presets
-from mypt_fast.model import GPT
+from mypt_fast import kernels
+from mypt_fast.benchmark import timing
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"
@@ -29,8 +28,8 @@ def bench(monkeypatch) -> SimpleNamespace:
     """The modules of bench/, with nothing compiled and two rounds."""
     monkeypatch.syspath_prepend(str(BENCH))
     names = (
-        "bench_kernels", "gpu_steps", "gpu_suite", "gpu_timing", "kernel_cases", "kernel_measure",
-        "parity_report", "peers",
+        "bench_kernels", "bench_step", "gpu_suite", "hf_gpt", "kernel_cases", "kernel_measure",
+        "mypt_gpt", "parity_report", "peers", "plain_gpt", "steps",
     )  # fmt: skip
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     monkeypatch.setattr(modules.kernel_cases, "compiled", lambda function: function)
@@ -43,7 +42,7 @@ def measured(bench, op, deadline=math.inf):
     shape = bench.kernel_cases.Shape("small", 32, 64, 96, 300, 4, 16)
     case = bench.kernel_cases.BUILDERS[op](shape, torch.float32, "cpu", bench.peers.Peers("cpu"))
     case.providers.pop("ours inductor", None)
-    return bench.kernel_measure.Measurement(case, bench.gpu_timing.Clock("cpu"), deadline)
+    return bench.kernel_measure.Measurement(case, timing.Clock("cpu"), deadline)
 
 
 def operators() -> list[str]:
@@ -223,50 +222,11 @@ def test_a_lost_device_ends_the_process_and_the_next_one_goes_on(
     assert ours == ["rms_norm", "swiglu"]
 
 
-def test_quantiles(bench) -> None:
+def test_quantiles() -> None:
     values = [4.0, 1.0, 3.0, 2.0, 5.0]
-    assert bench.gpu_timing.median(values) == 3.0
-    assert bench.gpu_timing.quantile(values, 0.2) == pytest.approx(1.8)
-    assert bench.gpu_timing.quantile([7.0], 0.8) == 7.0
-
-
-def small(**changes):
-    cfg = presets.load("base/750M_unified_v1").model
-    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 16, "vocab_size": 100}
-    return dataclasses.replace(cfg, **sizes, dropout=0.0, **changes)
-
-
-def test_the_plain_gpt_computes_our_loss(bench) -> None:
-    """The same architecture: with our weights it has our loss."""
-    cfg = small()
-    ours, plain = GPT(cfg, seed=1), bench.gpu_steps.PlainGPT(cfg)
-    pairs = {
-        "sa.qkv": "qkv", "sa.proj": "out", "fwd.w_gate": "gate", "fwd.w_up": "up",
-        "fwd.w_down": "down", "ln1": "norm_1", "ln2": "norm_2", "ln_f": "norm",
-        "lm_head": "head", "token_embedding_table": "tokens",
-    }  # fmt: skip
-    renamed = {}
-    for key, value in ours.state_dict().items():
-        for a, b in pairs.items():
-            key = key.replace(a, b)
-        renamed[key] = value
-    missing = plain.load_state_dict(renamed, strict=False)
-    assert not missing.unexpected_keys
-    assert set(missing.missing_keys) <= {"cos", "sin"}
-    x, y = (torch.randint(100, (3, 16)) for _ in "xy")
-    torch.testing.assert_close(plain(x, y), ours(x, y) / y.numel())
-
-
-@pytest.mark.parametrize("variant", ["plain", "auto", "reference/input"])
-def test_a_step_of_every_kind_of_variant(bench, variant) -> None:
-    step = bench.gpu_steps.stepper(variant, small(), 2, "cpu", compiled=False)
-    assert step() > 0
-    assert step() > 0
-
-
-def test_the_plain_gpt_refuses_another_architecture(bench) -> None:
-    with pytest.raises(ValueError, match="expected rope, swiglu, rmsnorm; found learned"):
-        bench.gpu_steps.PlainGPT(presets.load("tiny").model)
+    assert timing.median(values) == 3.0
+    assert timing.quantile(values, 0.2) == pytest.approx(1.8)
+    assert timing.quantile([7.0], 0.8) == 7.0
 
 
 def test_a_killed_parity_run_leaves_a_summary(bench, tmp_path, monkeypatch) -> None:
@@ -307,7 +267,7 @@ def suite(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.gpu_suite, "facts", lambda device: card)
     args = SimpleNamespace(
         out=tmp_path, minutes=2, only="parity,kernels,steps", variants="a,b", preset="tiny",
-        micro_batch=1, cap_gib=1.0,
+        micro_batch=1, cap_gib=1.0, device="cuda", dtype="bf16",
     )  # fmt: skip
     return bench.gpu_suite.Suite(args, tmp_path / "scratch")
 
@@ -343,7 +303,7 @@ print("3"); print("[]"); print("noise")
 print('{"tokens_per_step": 8, "micro_batch": %d}' % len(sys.argv[2]), flush=True)
 input(); print('{"seconds": [2.0, 2.0]}', flush=True)
 time.sleep(600)"""
-    (tmp_path / "gpu_steps.py").write_text(script)
+    (tmp_path / "steps.py").write_text(script)
     monkeypatch.setattr(bench.gpu_suite, "BENCH", tmp_path)
     models = [bench.gpu_suite.Model(suite, variant) for variant in ("a", "b", "cc")]
     soon = time.monotonic() + 60

@@ -14,7 +14,7 @@ FLOORS = (
     {"kernels", "tokenizer", "tokenizer_state", "gpt2_files", "data", "_native"},
     {"attention", "model"},
     {"lora", "generate", "plot", "checkpoint"},
-    {"training"},
+    {"training", "benchmark"},
     {"core", "cli", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -30,6 +30,7 @@ COMMANDS = {
     "prepare": "turn text into a dataset of token shards",
     "data": "inspect, verify and convert datasets of token shards",
     "plot": "draw loss curves from training logs",
+    "bench": "measure how fast this machine trains",
     "tune": "choose how kernels are launched on this GPU",
 }
 ALIASES = {"--config": "--config_file"}

@@ -6,52 +6,16 @@ device's work, not Python. The host's own time is kept beside it.
 """
 
 import gc
-import importlib.util
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from record import machine
 from torch import Tensor
 
 MIN_FLUSH_BYTES = 128 << 20
 SLEEP_MARGIN = 1.5  # of the longest launch seen, and
 SLEEP_LEAST_S = 30e-6
-CARD_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-
-
-def facts(device: str) -> dict[str, Any]:
-    """What a reader must know to place a number; never the machine's name."""
-    found = machine()
-    if importlib.util.find_spec("triton"):
-        import triton
-
-        found["triton"] = triton.__version__
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = {
-            "name": properties.name,
-            "capability": list(torch.cuda.get_device_capability(0)),
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": getattr(properties, "L2_cache_size", None),
-            "cuda": torch.version.cuda,
-            **card(),
-        }
-    return found
-
-
-def card() -> dict[str, str]:
-    """Driver and clocks as the driver's tool tells them now; empty where it cannot be asked."""
-    command = ["nvidia-smi", f"--query-gpu={CARD_QUERY}", "--format=csv,noheader", "--id=0"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = [v.strip() for v in answer.stdout.strip().split(",")]
-    return dict(zip(CARD_QUERY.split(",")[1:], values[1:], strict=False))
 
 
 def device_error(device: str) -> str | None:
@@ -81,7 +45,7 @@ class Clock:
         self.longest_launch = 0.0
         self.cache: Tensor | None = None
         if device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
+            properties = torch.cuda.get_device_properties(torch.cuda.current_device())
             size = max(MIN_FLUSH_BYTES, 2 * (getattr(properties, "L2_cache_size", 0) or 0))
             self.cache = torch.empty(size // 4, dtype=torch.int32, device=device)
             self.cycles_per_s = 1e3 * (getattr(properties, "clock_rate", 0) or 2_000_000)

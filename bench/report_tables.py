@@ -1,0 +1,198 @@
+"""How each suite's rows become a table: one function per suite, from rows to Markdown lines.
+
+A median stands beside its 20th and 80th percentile where raw samples are kept.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mypt_fast.benchmark.timing import median, quantile
+
+Row = dict[str, Any]
+SPREAD = (0.2, 0.8)
+NAMES = {
+    "plain-eager": "nanoGPT-style, eager", "plain": "nanoGPT-style, compiled",
+    "mypt-eager": "MyPT-style, eager", "hf": "transformers with Liger, compiled",
+    "hf-eager": "transformers with Liger, eager", "auto": "ours, compiled",
+    "auto-eager": "ours, eager",
+}  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands with commas."""
+    if value == 0 or abs(value) >= 999.5:
+        return f"{value:,.0f}"
+    text = f"{value:#.3g}"
+    return text.rstrip("0").rstrip(".") if "." in text and abs(value) >= 100 else text.rstrip(".")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def spread(samples: Sequence[float], scale: float = 1.0) -> str:
+    """Median (20th to 80th percentile)."""
+    low, high = (quantile(list(samples), q) * scale for q in SPREAD)
+    return f"{number(median(list(samples)) * scale)} ({number(low)} to {number(high)})"
+
+
+def step(rows: list[Row]) -> list[str]:
+    """Training steps, in either form that is committed: processes in turn, or pairs in one."""
+    if rows and "reference_s" in rows[0]:
+        return step_pairs(rows)
+    found = []
+    for row in rows:
+        name = NAMES.get(row["variant"], row["variant"])
+        case = f"{row['preset']}, {row['dtype']}, {row['sequences']} sequences"
+        if "tokens_per_s" not in row:
+            why = row.get("absent") or row.get("failed") or row.get("cut_short") or "no samples"
+            found.append([case, name, f"none: {why}", "", "", "", ""])
+            continue
+        peak = row.get("peak_allocated_bytes") or row.get("peak_resident_bytes") or 0
+        loss = f"{row['loss']:.4f} after {row['steps']} steps" if "loss" in row else ""
+        times = row.get("times", {})
+        found.append([
+            case, name, number(row["tokens_per_s"]), f"{row['mfu']:.0%}", f"{peak / 2**30:.2f} GiB",
+            loss, "; ".join(ratio(NAMES.get(k, k), v) for k, v in times.items()),
+        ])  # fmt: skip
+    header = ["case", "who", "tokens/s", "MFU", "peak memory", "loss", "times the others' speed"]
+    return table(header, found)
+
+
+def ratio(name: str, found: Row) -> str:
+    """A ratio with its spread, where rounds were paired."""
+    if "rounds" not in found:
+        return f"{found['median']:.2f}x {name} (of medians)"
+    return f"{found['median']:.2f}x {name} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def step_pairs(rows: list[Row]) -> list[str]:
+    """Pairs of a plain step and ours."""
+    found = [
+        [
+            f"`{r['preset']}`, {r['dtype']}, {r['sequences']} sequences, {r['mode']} both",
+            spread([p / o for p, o in zip(r["reference_s"], r["ours_s"], strict=True)]) + "x",
+            number(r["ours_tokens_per_s"]),
+            str(len(r["ours_s"])),
+        ]
+        for r in rows
+    ]
+    header = ["training step", "times plain PyTorch's speed, pair by pair", "tokens/s", "rounds"]
+    return table(header, found)
+
+
+def loader(rows: list[Row]) -> list[str]:
+    """Microseconds a batch by case and way, and how many times faster than `get_batch`."""
+    ways = list(dict.fromkeys(r["way"] for r in rows))
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    by = {(r["case"], r["way"]): r for r in rows}
+    found = []
+    for case in cases:
+        cells = [
+            spread(by[case, w]["seconds_per_batch"], 1e6) if (case, w) in by else "" for w in ways
+        ]
+        times = by.get((case, "mypt_fast native"), {}).get("times faster than get_batch")
+        found.append([case, *cells, f"{times:.0f}x" if times else ""])
+    return table(["microseconds a batch", *ways, "native, times get_batch"], found)
+
+
+def prefetch(rows: list[Row]) -> list[str]:
+    """What is waited for, in microseconds; the rest of a row in words."""
+    shown = {"case", "way", "p50_us", "p99_us", "p99.9_us", "seconds"}
+    found = [
+        [
+            r["case"], r["way"], *(number(r[k]) for k in ("p50_us", "p99_us", "p99.9_us")),
+            ", ".join(f"{k} {v}" for k, v in r.items() if k not in shown),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(["case", "way", "median, us", "99th percentile", "99.9th", "more"], found)
+
+
+def prepare(rows: list[Row]) -> list[str]:
+    """Text to tokens."""
+    found = [
+        [r["way"], number(r["MB/s"]), number(r["MB per CPU second"]), spread(r["seconds"])]
+        for r in rows
+    ]
+    size = f"{rows[0]['megabytes']:.0f} MB of text" if rows else "text"
+    return table([size, "MB/s", "MB per CPU second", "seconds"], found)
+
+
+def kernels(rows: list[Row]) -> list[str]:
+    """Forward and backward of every operator by provider."""
+    found = []
+    for r in (r for r in rows if r["mode"] == "both"):
+        logits = f"{r['logits_bytes'] / 1e6:.1f} MB" if "logits_bytes" in r else ""
+        extra = r.get("peak_extra_bytes") or r.get("rss_growth_bytes")
+        found.append([
+            f"{r['op']}, {r['shape']}, {r['dtype']}", r["provider"],
+            f"{number(r['median_ms'])} ({number(r['p20_ms'])} to {number(r['p80_ms'])})",
+            str(r["count"]), logits, f"{extra / 1e6:.0f} MB" if extra else "",
+        ])  # fmt: skip
+    header = ["forward and backward", "who", "ms", "samples", "logits held", "memory grown"]
+    return table(header, found)
+
+
+def saves(rows: list[Row]) -> list[str]:
+    """Parts of a save."""
+    found = [
+        [
+            r["what"], f"{spread(r['seconds'], 1e3)}", str(len(r["seconds"])),
+            number(r["gb_per_s"]) if "gb_per_s" in r else "",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(["what", "ms", "samples", "GB/s"], found)
+
+
+def guard(rows: list[Row]) -> list[str]:
+    """Cost per step."""
+    found = [
+        [r["what"], number(1e6 * r["median_s"]), number(1e6 * r["p99_s"]), str(r["rounds"])]
+        for r in rows
+    ]
+    return table(["what", "median, us", "99th percentile", "rounds"], found)
+
+
+def core(rows: list[Row]) -> list[str]:
+    """A step of `fit` beside one of the trainer."""
+    found = [
+        [
+            f"{r['preset']}, {r['dtype']}", f"{r['ratio_median']:.3f}x",
+            f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(["model", "fit's step, times the trainer's", "smallest to largest"], found)
+
+
+def plain(rows: list[Row]) -> list[str]:
+    """A suite nobody wrote a table for: what its rows hold but for raw samples."""
+    keys = [
+        k for k in dict.fromkeys(k for r in rows for k in r)
+        if not any(isinstance(r.get(k), (list, dict)) for r in rows)
+    ]  # fmt: skip
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return number(value)
+        text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    return table(keys, [[cell(r.get(k)) for k in keys] for r in rows])
+
+
+TABLES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
+    "step": ("Training steps", step),
+    "core": ("`fit` of MyPT's interface", core),
+    "kernels": ("Operators", kernels),
+    "loader": ("Token loader, file in the page cache", loader),
+    "prefetch": ("Token loader beside a training process, and from disk", prefetch),
+    "prepare": ("Text to tokens", prepare),
+    "saves": ("Saves", saves),
+    "guard": ("Guards and log, per step", guard),
+}

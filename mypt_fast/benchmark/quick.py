@@ -1,0 +1,228 @@
+"""What `mypt-fast bench` measures: loader, head, a training step, and a bare matmul to compare.
+
+Medians of a handful of samples, under two minutes on two CPU cores. Nothing is compared with
+anybody here: bench/ does that, both sides in one run.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mypt_fast import __version__, kernels, presets
+from mypt_fast.accounting import count_parameters, flops_per_token, training_bytes
+from mypt_fast.benchmark.machine import facts
+from mypt_fast.benchmark.timing import Clock, matmul_rate, median
+from mypt_fast.config import ModelConfig, TrainConfig
+from mypt_fast.data.loader import TokenLoader
+from mypt_fast.data.tokens import TokenCorpus
+from mypt_fast.errors import DeviceError
+from mypt_fast.model import GPT
+from mypt_fast.training import device as devices
+from mypt_fast.training import parts
+from mypt_fast.training.optim import adamw
+
+SCHEMA = 1
+SAMPLES = 7
+# preset and sequences a step, the first that fits; a CPU stays under two minutes with the small
+STEPS = {
+    "cuda": (
+        ("750M_1024", 4), ("500M_1024", 8), ("350M_1024", 8), ("150M_1024", 8), ("small", 8),
+        ("tiny", 16),
+    ),
+    "cpu": (("small", 8), ("tiny", 16)),
+}  # fmt: skip
+QUICK = {"cuda": (("150M_1024", 4), ("tiny", 16)), "cpu": (("tiny", 8),)}
+SHARE_OF_FREE = 0.8  # of free memory that a step may be estimated to need
+STEP_SECONDS = 40.0  # after which no further sample of a step is begun
+TOKENS, BATCH = 4_000_000, (8, 1024)  # of the loader
+# rows, width and vocabulary of the head
+HEAD = {"cuda": (8192, 1024, 50304), "cpu": (1024, 512, 50304)}
+HEAD_QUICK = (256, 192, 50304)
+
+
+def measure(device: torch.device, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """All parts; the record that a user can share: no name of the machine or user, no path.
+
+    Args:
+        device: where.
+        quick: smaller shapes and fewer samples.
+        say: told which part is about to run.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    precision, _ = devices.precision(device, True, "bf16", explicit=False)
+    clock, samples = Clock(device.type), 3 if quick else SAMPLES
+    say("ceiling: a bare matmul")
+    ceiling = ceilings(clock, precision.dtype, samples)
+    rows = []
+    for name, part in (("loader", loader), ("head", head), ("step", step)):
+        say(f"{name} ...")
+        rows.append({"part": name, **part(clock, precision, quick, samples)})
+    rate = ceiling[precision.name]
+    for row in rows:
+        if "flops" in row:
+            row["of_matmul"] = row["flops"] / row["median_s"] / rate
+    return {
+        "schema": SCHEMA, "mypt_fast": __version__, "quick": quick,
+        "device": device.type, "dtype": precision.name, "machine": facts(device.type),
+        "matmul_flops_per_s": ceiling, "rows": rows,
+    }  # fmt: skip
+
+
+def ceilings(clock: Clock, dtype: torch.dtype, samples: int) -> dict[str, float]:
+    """FLOP per second of a matmul in the dtype that training takes here, and in fp32."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    kinds = dict.fromkeys((dtype, torch.float32))
+    return {names[kind]: matmul_rate(clock, kind, samples) for kind in kinds}
+
+
+def sampled(work: Callable[[], float], samples: int, seconds: float) -> dict[str, Any]:
+    """Samples of `work`, which returns its own time; the first three always, the rest in time."""
+    began = time.monotonic()
+    found: list[float] = []
+    while len(found) < samples and (len(found) < 3 or time.monotonic() - began < seconds):
+        found.append(work())
+    return {"median_s": median(found), "samples_s": found}
+
+
+def loader(clock: Clock, precision: devices.Precision, quick: bool, samples: int) -> dict[str, Any]:
+    """Batches of 8 x 1024 from a file in the page cache, on the host: one call, no prefetch."""
+    B, T = BATCH
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "train").mkdir()
+        ids = np.random.default_rng(0).integers(0, 50_304, TOKENS, dtype=np.uint16)
+        ids.tofile(folder / "train" / "shard_00000.bin")
+        (folder / "dataset_metadata.json").write_text(json.dumps({"dtype": "uint16"}))
+        corpus = TokenCorpus.from_dataset(folder, "train")
+        batches = TokenLoader(corpus, T, seed=0, global_batch=B, vocab_size=50_304)
+        x, y = (np.empty((B, T), np.int64) for _ in "xy")
+
+        def many() -> float:
+            began = time.perf_counter()
+            for _ in range(20):
+                batches.next(B, x, y)
+            return (time.perf_counter() - began) / 20
+
+        many()
+        found = sampled(many, 10 * samples, 5.0)
+    rate = B * T / found["median_s"]
+    return {"shape": f"{B} x {T}", "backend": corpus.backend, "tokens_per_s": rate, **found}
+
+
+def head(clock: Clock, precision: devices.Precision, quick: bool, samples: int) -> dict[str, Any]:
+    """The head with its loss, forward and backward, as training runs it."""
+    N, C, V = HEAD_QUICK if quick else HEAD[clock.device]
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, generator=draw).to(clock.device, precision.dtype).requires_grad_()
+    w = (0.02 * torch.randn(V, C, generator=draw)).to(clock.device).requires_grad_()
+    targets = torch.randint(V, (N,), generator=draw).to(clock.device)
+
+    def once() -> None:
+        with precision.autocast():
+            kernels.linear_cross_entropy(x, w, None, targets).backward()
+        x.grad = w.grad = None
+
+    once()
+    found = sampled(lambda: clock.sample(once)[0], samples, STEP_SECONDS / 2)
+    return {"shape": f"{N} x {C} x {V}", "flops": 6.0 * N * C * V, **found}
+
+
+def choose(device: torch.device, quick: bool) -> tuple[str, int, ModelConfig]:
+    """The first preset that is estimated to fit, its sequences a step, its shape.
+
+    Raises:
+        DeviceError: if not even the smallest fits.
+    """
+    free = devices.free_bytes(device)
+    for name, rows in (QUICK if quick else STEPS)[device.type]:
+        cfg = presets.load(presets.shipped_dir() / f"{name}.json").model
+        needed = training_bytes(cfg, rows, attention_matrix=device.type == "cpu")
+        if needed <= SHARE_OF_FREE * free:
+            return name, rows, cfg
+    raise DeviceError(
+        f"bench trains at least {name}", f"it needs {needed >> 20} MiB and {free >> 20} are free",
+        "end other programs, or pass --device cpu" if device.type == "cuda" else "free some memory",
+    )  # fmt: skip
+
+
+def step(clock: Clock, precision: devices.Precision, quick: bool, samples: int) -> dict[str, Any]:
+    """One optimizer step, as `mypt-fast train` takes it, on tokens at random."""
+    device = torch.device(clock.device)
+    name, rows, cfg = choose(device, quick)
+    train = TrainConfig()
+    model = GPT(cfg).to(device).train()
+    compiled = parts.use_compile(train, device)
+    if compiled:
+        model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+    optimizer, scaler = adamw(model, train), torch.amp.GradScaler(device.type, precision.scaler)
+    draw = torch.Generator().manual_seed(0)
+    shape = (rows, cfg.block_size)
+    x, y = (torch.randint(cfg.vocab_size, shape, generator=draw).to(device) for _ in "xy")
+
+    def once() -> float:
+        began = time.perf_counter()
+        one_step(model, optimizer, scaler, precision, x, y)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    first = once()
+    once()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    found = sampled(once, samples, STEP_SECONDS)
+    tokens = x.numel()
+    return {
+        "preset": name, "sequences": rows, "parameters": count_parameters(cfg).total,
+        "compiled": compiled, "tokens_per_step": tokens, "first_step_s": first,
+        "tokens_per_s": tokens / found["median_s"], "flops": tokens * flops_per_token(cfg),
+        "peak_bytes": devices.peak_bytes(device), **found,
+    }  # fmt: skip
+
+
+def one_step(
+    model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    precision: devices.Precision, x: Tensor, y: Tensor,
+) -> None:  # fmt: skip
+    """Forward, backward, clipping and AdamW."""
+    with precision.autocast():
+        loss = model(x, y) / y.numel()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def lines(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The rows as people read them: part, what, time, rate."""
+    ceiling = record["matmul_flops_per_s"]
+    rows = [
+        ("matmul", f"{name}, square", "", f"{rate / 1e12:.3g} TFLOP/s")
+        for name, rate in ceiling.items()
+    ]
+    for row in record["rows"]:
+        what = row.get("preset") or row["shape"]
+        if row["part"] == "loader":
+            rate = f"{row['tokens_per_s'] / 1e6:,.0f}M tokens/s ({row['backend']})"
+        elif row["part"] == "head":
+            rate = f"{row['of_matmul']:.0%} of the matmul"
+        else:
+            what += f", {row['sequences']} sequences, {record['dtype']}"
+            what += ", compiled" if row["compiled"] else ""
+            rate = f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['of_matmul']:.0%} of the matmul"
+        rows.append((row["part"], what, _time(row["median_s"]), rate))
+    return rows
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} us"

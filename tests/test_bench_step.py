@@ -1,0 +1,224 @@
+"""What bench_step.py compares is the same model: weights, losses, gradients, decayed parameters."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mypt_fast import presets
+from mypt_fast.config import TrainConfig
+from mypt_fast.model import GPT
+
+BENCH = Path(__file__).parent.parent / "bench"
+SIZES = {"n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 16, "vocab_size": 300}
+
+
+@pytest.fixture
+def bench(monkeypatch) -> SimpleNamespace:
+    """The modules of bench/ that train, on a CPU."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = ("bench_step", "gpu_suite", "hf_gpt", "mypt_gpt", "plain_gpt", "steps")
+    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    monkeypatch.setattr(modules.bench_step, "DEVICE", "cpu")
+    return modules
+
+
+def small(preset="base/750M_unified_v1", **changes):
+    return dataclasses.replace(presets.load(preset).model, **{**SIZES, "dropout": 0.0, **changes})
+
+
+def peers(bench, cfg):
+    """The references that can compute `cfg` here."""
+    found = ["plain-eager", "mypt-eager"]
+    return found + ([] if bench.hf_gpt.why_not(cfg, "cpu") else ["hf-eager"])
+
+
+@pytest.mark.parametrize("preset", ["base/750M_unified_v1", "150M_1024", "150M_1024_llama"])
+def test_every_reference_learns_what_ours_learns(bench, preset) -> None:
+    """Twenty steps from the same weights on the same batches end at the same loss: the same model,
+    tokens, groups, learning rate and clipping. A wrong decay, order or batch shows here."""
+    cfg = small(preset)
+    losses = {}
+    for name in ("auto-eager", *peers(bench, cfg)):
+        step = bench.steps.Stepper(name, cfg, 32, "cpu", "fp32")
+        for group in step.optimizer.param_groups:
+            group["lr"] = 3e-3
+        first = step.final_loss()
+        step.model.train()
+        assert all(step() > 0 for _ in range(20))
+        losses[name] = (first, step.final_loss())
+    first, last = losses["auto-eager"]
+    assert last < first - 0.3
+    for name, (a, b) in losses.items():
+        assert a == pytest.approx(first, abs=1e-5), name
+        # transformers' head has no bias to learn
+        assert b == pytest.approx(last, abs=0.1 if name == "hf-eager" else 1e-4), name
+
+
+def test_every_optimizer_decays_the_same_parameters(bench) -> None:
+    cfg = small("150M_1024_llama")
+    assert cfg.tie_weights
+    sizes = {}
+    for name in ("auto-eager", *peers(bench, cfg)):
+        step = bench.steps.Stepper(name, cfg, 1, "cpu", "fp32")
+        groups = step.optimizer.param_groups
+        sizes[name] = sum(p.numel() for p in groups[0]["params"])
+        assert [g["weight_decay"] for g in groups] == [TrainConfig().weight_decay, 0.0]
+    assert len(set(sizes.values())) == 1, sizes
+
+
+def test_mypt_keeps_its_logits_and_others_do_not(bench) -> None:
+    cfg = small("150M_1024", dropout=0.1)
+    x, y = bench.steps.batch(cfg, 2, 0, "cpu")
+    logits, loss, cache = bench.mypt_gpt.MyptGPT(cfg)(x, y)
+    assert (logits.shape, loss.dim(), cache) == ((2, 16, 300), 0, None)
+    assert bench.plain_gpt.PlainGPT(cfg)(x, y).dim() == GPT(cfg)(x, y).dim() == 0
+    assert bench.mypt_gpt.mypt_adamw(GPT(cfg), TrainConfig()).defaults["fused"] is None
+
+
+def test_batches_are_the_same_for_all_and_another_each_step(bench) -> None:
+    cfg = small()
+    x, y = bench.steps.batch(cfg, 2, 5, "cpu")
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(x, bench.steps.batch(cfg, 2, 5, "cpu")[0])
+    assert not torch.equal(x, bench.steps.batch(cfg, 2, 6, "cpu")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("auto", ("auto", "all", True)), ("auto-eager", ("auto", "all", False)),
+        ("triton/input", ("triton", "input", True)), ("mypt", ("mypt", "all", False)),
+        ("reference/gate_up-eager", ("reference", "gate_up", False)),
+    ],
+)  # fmt: skip
+def test_names_of_variants(bench, name, found) -> None:
+    assert dataclasses.astuple(bench.steps.Variant.named(name)) == found
+
+
+def test_a_variant_that_means_nothing_is_refused(bench) -> None:
+    with pytest.raises(ValueError, match="expected KIND"):
+        bench.steps.Variant.named("plain-quick")
+
+
+@pytest.mark.parametrize("variant", ["reference/input-eager", "auto-eager"])
+def test_bf16_steps_run(bench, variant) -> None:
+    step = bench.steps.Stepper(variant, small(), 2, "cpu", "bf16")
+    assert step() > 0
+
+
+def answer(variant, seconds, micro_batch=2, **more):
+    return {
+        "variant": variant, "samples": seconds, "micro_batch": micro_batch,
+        "tokens_per_s": 256 / bench_median(seconds), **more,
+    }  # fmt: skip
+
+
+def bench_median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def test_ratios_are_taken_round_by_round(bench) -> None:
+    """The machine slows down threefold in the last round: no ratio moves, a ratio of medians of
+    other rounds would."""
+    case = bench.bench_step.Case("tiny", "fp32", 2, rounds=3)
+    rows = [
+        answer("plain", [2.0, 4.0, 12.0]), answer("mypt-eager", [3.0, 6.0, 18.0]),
+        answer("auto", [1.0, 2.0, 6.0]), answer("auto-eager", [4.0, 4.0]),
+    ]  # fmt: skip
+    found = {r["variant"]: r for r in bench.bench_step.finish(case, rows, True, 1e12)}
+    times = found["auto"]["times"]
+    assert times["plain"] == {"median": 2.0, "min": 2.0, "max": 2.0, "rounds": 3}
+    assert times["mypt-eager"]["median"] == 3.0
+    assert set(times) == {"plain", "mypt-eager"}  # the eager one was cut short
+    assert "times" not in found["auto-eager"]
+    # by hand, C = 192: 12 C^2 a block and V C in matmuls, and L C T for causal attention
+    flops = 6 * (4 * 12 * 192**2 + 50304 * 192) + 6 * 4 * 192 * 128
+    assert found["plain"]["mfu"] == pytest.approx(256 / 4.0 * flops / 1e12, rel=1e-3)
+
+
+def test_models_of_another_micro_batch_are_not_compared(bench) -> None:
+    case = bench.bench_step.Case("tiny", "bf16", 2, rounds=1)
+    rows = [answer("plain", [2.0], micro_batch=1), answer("auto", [1.0])]
+    rows = bench.bench_step.finish(case, rows, False, 1e12)
+    assert rows[1]["times"] == {}
+
+
+@pytest.fixture
+def little(bench, monkeypatch, tmp_path):
+    """A case on a preset file of our own, of variants that compile nothing."""
+    preset = tmp_path / "little.json"
+    preset.write_text(json.dumps({**SIZES, "dropout": 0.0, "batch_size": 2}))
+    names = ("plain-eager", "mypt-eager", "hf", "auto-eager")
+    monkeypatch.setattr(bench.bench_step, "VARIANTS", names)
+    monkeypatch.setattr(bench.bench_step, "OURS", "auto-eager")
+    return bench.bench_step.Case(str(preset), "fp32", 2, rounds=2)
+
+
+@pytest.mark.slow
+def test_the_script_runs_processes_in_turn_and_saves_their_rows(
+    bench, little, monkeypatch, tmp_path, capsys
+) -> None:
+    monkeypatch.setattr(bench.bench_step, "CASES", {"cpu": (little,)})
+    monkeypatch.setattr(bench.bench_step, "matmul_rate", lambda clock, dtype: 1e12)
+    monkeypatch.setattr(sys, "argv", ["bench_step.py"])
+    monkeypatch.setattr(importlib.import_module("record"), "RESULTS", tmp_path)
+    assert bench.bench_step.main() == 0
+    *rows, absent = json.loads((tmp_path / "cpu/step.json").read_text())["rows"]
+    assert absent["absent"]
+    assert not [r["failed"] for r in rows if "failed" in r]
+    assert [len(r["samples"]) for r in rows] == [2, 2, 2]
+    assert {r["steps"] for r in rows} == {bench.steps.WARM_UP + 2}
+    assert all(r["peak_resident_bytes"] > 1 << 20 for r in rows)
+    assert max(r["loss"] for r in rows) - min(r["loss"] for r in rows) < 1e-4
+    assert rows[2]["times"]["mypt-eager"]["rounds"] == 2
+    assert "x mypt-eager" in capsys.readouterr().out
+    report = importlib.import_module("report_tables")
+    assert len(report.step([*rows, absent])) == 2 + 4
+
+
+@pytest.mark.slow
+def test_the_row_of_pytest_times_our_process_and_ends_all(bench, little, monkeypatch) -> None:
+    started = []
+    monkeypatch.setattr(
+        bench.bench_step,
+        "Model",
+        lambda *a: started.append(bench.gpu_suite.Model(*a)) or started[-1],
+    )
+
+    def pedantic(work, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            work()
+
+    mark = SimpleNamespace(group="", extra_info={}, pedantic=pedantic)
+    bench.bench_step.test_step(mark, little)
+    assert [len(r["samples"]) for r in mark.extra_info["rows"]] == [2, 2, 2]
+    assert [m.process.poll() is not None for m in started] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("16G", 16.0), ("16", 16.0), ("12.5GiB", 12.5), ("512M", 0.5)]
+)
+def test_sizes(bench, text, gib) -> None:
+    assert bench.bench_step.gib(text) == gib
+
+
+@pytest.mark.parametrize("text", ["", "16 pounds", "-1", "0", "nan"])
+def test_sizes_that_are_none(bench, text) -> None:
+    with pytest.raises(ArgumentTypeError, match="expected a size as 16G"):
+        bench.bench_step.gib(text)
+
+
+def test_an_unknown_case_is_one_line(bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--cases", "huge-fp8"])
+    with pytest.raises(SystemExit) as stopped:
+        bench.bench_step.main()
+    assert stopped.value.code == 2
+    assert "found huge-fp8" in capsys.readouterr().err
