@@ -14,7 +14,7 @@ from mypt_fast import presets
 
 BENCH = Path(__file__).parent.parent / "bench"
 # each has a test: here, or (kernels, step) in test_bench_smoke.py and test_bench_step.py
-FILES = {"core", "guard", "kernels", "loader", "prefetch", "prepare", "saves", "step"}
+FILES = {"core", "guard", "kernels", "loader", "prefetch", "prepare", "saves", "states", "step"}
 
 
 @pytest.fixture
@@ -116,6 +116,20 @@ def test_saves(bench, monkeypatch, tmp_path) -> None:
     ]  # fmt: skip
     # the copy, and half of the four seconds of a save, over 50 steps of 8 micro-steps of a second
     assert module.overhead(rows) == pytest.approx((0.4 + 2.0) / 400)
+
+
+def test_states(bench, monkeypatch) -> None:
+    """Each layout steps, and learns from the same start what the others do."""
+    module, mark = bench("bench_states"), Benchmark()
+    monkeypatch.setattr(module, "BYTES", 20_000)
+    monkeypatch.setattr(module, "SHAPE", {**module.SHAPE, "n_layer": 1, "n_embd": 32})
+    for state in module.LAYOUTS:
+        module.test_step(mark, state)
+    assert mark.runs == 3
+    rows = [module.trained(state, 1, 4) for state in module.LAYOUTS]
+    losses = [row["val_loss"] for row in rows]
+    assert max(losses) - min(losses) < 0.05
+    assert losses[0] < 5.5  # ln 256 is 5.55
 
 
 def test_core(bench, monkeypatch) -> None:
