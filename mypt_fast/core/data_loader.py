@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mypt_fast.core.config import strict_compat
 from mypt_fast.errors import DataError, IntegrityError
 
 if TYPE_CHECKING:
@@ -220,10 +221,10 @@ class GPTDataLoader:
                 f"batch of {split}", f"{self.dataset_dir} has no such split", "prepare it again"
             )
         T = self.config.block_size
-        strict = os.environ.get("MYPT_STRICT_COMPAT") == "1"
         number, within = shard_batch(
             lambda n, count: np.random.randint(0, n, size=count).astype(np.int64),
-            self._reaches_of(_side(split), T), self.config.batch_size, strict_compat=strict,
+            self._reaches_of(_side(split), T), self.config.batch_size,
+            strict_compat=strict_compat(),
         )  # fmt: skip
         starts = within + sum(self._sizes[_side(split)][:number])
         x, y = (np.empty((len(starts), T), np.int64) for _ in range(2))

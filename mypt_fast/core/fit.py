@@ -24,6 +24,7 @@ from mypt_fast.config import (
     build,
     shown,
 )
+from mypt_fast.core.config import strict_compat
 from mypt_fast.errors import ConfigError
 from mypt_fast.settings import DataConfig, Settings
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from mypt_fast.training.trainer import Trainer
 
 FilePath = str | os.PathLike[str]
-STRICT_COMPAT = "MYPT_STRICT_COMPAT"
 SIGINT_CODE = 130
 _ALSO = {"f32": "fp32", "f16": "fp16", "half": "fp16"}
 
@@ -215,7 +215,7 @@ def _settings(
         DataConfig(dataset_dir=_text(dataset_dir)),
         preset_path=Path(config_file) if config_file else None,
         allow_gate=checkpoint_dir is not None,  # who calls fit with a gate wants it to run
-        strict_compat=os.environ.get(STRICT_COMPAT, "") not in ("", "0"),
+        strict_compat=strict_compat(),
     )
 
 
