@@ -1,7 +1,6 @@
 """`mypt-fast train`: settle the settings, open the run, train."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mypt_fast import console, publish, settings
 from mypt_fast.cli import flags
 from mypt_fast.config import ModelConfig, TrainConfig
+from mypt_fast.core.config import strict_compat
 
 if TYPE_CHECKING:
     from mypt_fast.training.trainer import Trainer
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "strict": getattr(args, "strict", False),
         "allow_gate": getattr(args, "allow_gate", False),
         "preset_yields": getattr(args, "ask", False),
-        "strict_compat": os.environ.get("MYPT_STRICT_COMPAT", "") not in ("", "0"),
+        "strict_compat": strict_compat(),
     }
     dry_run = getattr(args, "dry_run", False)
     run_dir = settings.run_dir(options["model_name"], options["config_file"])

@@ -283,8 +283,7 @@ class Store:
 
     def read(self) -> bundles.Bundle | None:
         """Read and verify the run directory, None for a new run."""
-        # settings came from this directory: another state's weights would not be theirs
-        if not self.settings.resume:
+        if not self.settings.resume:  # else these settings are its own, and of no other state
             return None
         if self.settings.old_layout:
             keep_aside(self.settings.run_dir)  # the next save writes today's

@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 
+from mypt_fast.cli import main
 from mypt_fast.config import ModelConfig
-from mypt_fast.core.config import OUR_FIELDS, GPTConfig
+from mypt_fast.core.config import OUR_FIELDS, GPTConfig, strict_compat
 
 DEFAULTS = {
     "batch_size": 32, "block_size": 256, "vocab_size": 50304, "n_embd": 384, "n_head": 6,
@@ -126,3 +127,18 @@ def test_a_torch_device_is_written_as_its_name(tmp_path):
     assert config.to_dict()["device"] == "cpu"
     config.save_json(tmp_path / "config.json")
     assert GPTConfig.load_json(tmp_path / "config.json").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "is_strict"), [("1", True), ("true", True), ("0", False), ("", False)]
+)
+def test_one_word_means_the_same_to_every_part(value, is_strict, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setenv("MYPT_STRICT_COMPAT", value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "mypt_fast.settings.resolve", lambda given, **options: seen.update(options) or 1 / 0
+    )
+    assert main(["train", "--model_name", "x"]) == 1
+    assert seen["strict_compat"] is is_strict
+    assert strict_compat() is is_strict
