@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mypt_fast.config import ModelConfig, TrainConfig, shown, split_flat
+from mypt_fast.config import ModelConfig, TrainConfig, split_flat
 from mypt_fast.errors import ConfigError
+from mypt_fast.schema import shown
 
 MAX_JSON_BYTES = 1 << 20  # a config is a page; anything larger is the wrong file
 

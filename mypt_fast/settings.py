@@ -8,16 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mypt_fast import presets, publish
-from mypt_fast.config import (
-    ARCHITECTURE_KEYS,
-    ModelConfig,
-    TrainConfig,
-    build,
-    field_names,
-    opt,
-    shown,
-)
+from mypt_fast.config import ARCHITECTURE_KEYS, ModelConfig, TrainConfig
 from mypt_fast.errors import ConfigError
+from mypt_fast.schema import build, field_names, opt, shown
 
 BUNDLE_HINTS = ("config.json", "model.pt")
 STATE_FILE = "training_state.json"

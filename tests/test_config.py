@@ -7,16 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mypt_fast import presets
-from mypt_fast.config import (
-    ARCHITECTURE_KEYS,
-    ModelConfig,
-    TrainConfig,
-    allowed,
-    build,
-    field_names,
-    split_flat,
-)
+from mypt_fast.config import ARCHITECTURE_KEYS, ModelConfig, TrainConfig, split_flat
 from mypt_fast.errors import ConfigError
+from mypt_fast.schema import allowed, build, field_names
 
 FULL = {
     "name": "x", "description": "y", "comment_why": ["anything", 1], "device": "cpu",

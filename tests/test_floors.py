@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"__init__", "errors"},
-    {"config", "presets", "settings", "accounting", "console", "run_log", "publish", "planner"},
+    {
+        "schema",
+        "config",
+        "presets",
+        "settings",
+        "accounting",
+        "console",
+        "run_log",
+        "publish",
+        "planner",
+    },
     {"kernels", "tokenizer", "tokenizer_state", "gpt2_files", "data", "_native"},
     {"attention", "model"},
     {"lora", "generate", "plot", "checkpoint"},

@@ -13,8 +13,9 @@ from mypt_fast.accounting import count_parameters
 from mypt_fast.checkpoint import legacy
 from mypt_fast.checkpoint.legacy import FINAL, INFERENCE, LATEST, find, is_per_head_bundle
 from mypt_fast.checkpoint.manifest import TENSOR_FILES, exists, read_info
-from mypt_fast.config import ModelConfig, build, field_names
+from mypt_fast.config import ModelConfig
 from mypt_fast.errors import CheckpointError, IntegrityError, MyptError
+from mypt_fast.schema import build, field_names
 
 if TYPE_CHECKING:
     from torch import Tensor

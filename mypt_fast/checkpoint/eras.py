@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mypt_fast.config import ModelConfig, build, field_names
+from mypt_fast.config import ModelConfig
 from mypt_fast.errors import FormatError
 from mypt_fast.model import GPT, decays
+from mypt_fast.schema import build, field_names
 
 HEAD = re.compile(r"blocks\.(\d+)\.sa\.heads\.(\d+)\.(?:(key|query|value)\.(weight|bias)|tril)")
 MOMENTS = ("exp_avg", "exp_avg_sq")

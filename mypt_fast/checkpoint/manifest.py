@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mypt_fast.config import ARCHITECTURE_KEYS, ModelConfig, build, field_names, shown
+from mypt_fast.config import ARCHITECTURE_KEYS, ModelConfig
 from mypt_fast.errors import CheckpointError, ConfigError, IntegrityError
 from mypt_fast.presets import read_json
 from mypt_fast.publish import clean_stale
+from mypt_fast.schema import build, field_names, shown
 
 MANIFEST_SCHEMA = 2
 SEAL = "sealed"  # the manifest's hash of itself

@@ -7,8 +7,9 @@ from typing import Any
 
 from mypt_fast import console, presets
 from mypt_fast.accounting import count_parameters
-from mypt_fast.config import TrainConfig, field_names
+from mypt_fast.config import TrainConfig
 from mypt_fast.errors import ConfigError, MyptError
+from mypt_fast.schema import field_names
 
 HELP = "list, show and check model presets"
 DESCRIPTION = """\

@@ -7,8 +7,9 @@ from typing import Any
 
 from mypt_fast import console
 from mypt_fast.accounting import count_parameters
-from mypt_fast.config import ModelConfig, build, field_names
+from mypt_fast.config import ModelConfig
 from mypt_fast.errors import CheckpointError, ConfigError, IntegrityError
+from mypt_fast.schema import build, field_names
 
 HELP = "show what a run directory holds"
 DESCRIPTION = """\

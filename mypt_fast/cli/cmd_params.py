@@ -8,8 +8,9 @@ from typing import Any
 
 from mypt_fast import accounting, console, presets
 from mypt_fast.cli import flags
-from mypt_fast.config import ModelConfig, build, shown
+from mypt_fast.config import ModelConfig
 from mypt_fast.errors import ConfigError
+from mypt_fast.schema import build, shown
 
 HELP = "count parameters and bytes of an architecture"
 DESCRIPTION = """\

@@ -8,9 +8,10 @@ import re
 from typing import Any
 
 from mypt_fast import accounting, console, presets
-from mypt_fast.config import TrainConfig, not_among
+from mypt_fast.config import TrainConfig
 from mypt_fast.errors import ConfigError, MyptError
 from mypt_fast.planner import cards, ceiling, search, step, table
+from mypt_fast.schema import not_among
 
 HELP = "predict memory and speed of training, without a GPU"
 DESCRIPTION = """\

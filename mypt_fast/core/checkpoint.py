@@ -11,12 +11,13 @@ import torch
 
 from mypt_fast import console
 from mypt_fast.checkpoint.manifest import exists, read_info
-from mypt_fast.config import ARCHITECTURE_KEYS, TrainConfig, shown
+from mypt_fast.config import ARCHITECTURE_KEYS, TrainConfig
 from mypt_fast.core import files
 from mypt_fast.core.config import GPTConfig, strict_compat
 from mypt_fast.core.errors import NoCheckpointError, TokenizerError
 from mypt_fast.core.model import GPT, Loaded, tie
 from mypt_fast.core.tokenizer import KINDS, Tokenizer
+from mypt_fast.schema import shown
 from mypt_fast.settings import CONTEXT_KEYS
 from mypt_fast.tokenizer import GPT2_MODEL_VOCAB
 from mypt_fast.training.init_from import POSITIONS, fitted_positions

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mypt_fast import console
-from mypt_fast.config import ModelConfig, field_names, shown
+from mypt_fast.config import ModelConfig
+from mypt_fast.schema import field_names, shown
 
 C = TypeVar("C", bound="GPTConfig")
 _NAMES = tuple(field_names(ModelConfig))

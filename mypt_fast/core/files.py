@@ -16,11 +16,12 @@ from mypt_fast import console, publish
 from mypt_fast import model as engine
 from mypt_fast.checkpoint import bundle
 from mypt_fast.checkpoint.bundle import Bundle, _cast
-from mypt_fast.config import ModelConfig, build, shown
+from mypt_fast.config import ModelConfig
 from mypt_fast.core.config import GPTConfig, strict_compat
 from mypt_fast.core.errors import NoCheckpointError, SettingError, UnfitWeightsError
 from mypt_fast.core.tokenizer import GPT2_SMALLEST, Tokenizer
 from mypt_fast.errors import CheckpointError, DataError, IntegrityError
+from mypt_fast.schema import build, shown
 
 if TYPE_CHECKING:
     from mypt_fast.core.model import GPT

@@ -16,16 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mypt_fast import console
-from mypt_fast.config import (
-    DTYPE_NAMES,
-    GoldSelection,
-    Saturation,
-    TrainConfig,
-    build,
-    shown,
-)
+from mypt_fast.config import DTYPE_NAMES, GoldSelection, Saturation, TrainConfig
 from mypt_fast.core.config import strict_compat
 from mypt_fast.errors import ConfigError
+from mypt_fast.schema import build, shown
 from mypt_fast.settings import DataConfig, Settings
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mypt_fast.config import ModelConfig, shown
+from mypt_fast.config import ModelConfig
 from mypt_fast.core.errors import TokenizerError, UnknownTokenError
 from mypt_fast.errors import DataError
 from mypt_fast.gpt2_files import GPT2_BASE_VOCAB, gpt2_encoding
+from mypt_fast.schema import shown
 from mypt_fast.tokenizer import SPECIAL_STRINGS
 from mypt_fast.tokenizer import Tokenizer as Engine
 from mypt_fast.tokenizer_state import TokenizerState, read_state

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mypt_fast.config import shown
 from mypt_fast.errors import ConfigError, MyptError
 from mypt_fast.generate import generate
 from mypt_fast.model import GPT
 from mypt_fast.presets import read_json
+from mypt_fast.schema import shown
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training.evaluate import evaluating
 

@@ -12,8 +12,9 @@ import pytest
 
 from mypt_fast import __version__, cli
 from mypt_fast.cli import COMMANDS, flags, main, spell
-from mypt_fast.config import ModelConfig, TrainConfig, opt
+from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.errors import CheckpointError, IntegrityError
+from mypt_fast.schema import opt
 
 GOLDEN = Path(__file__).parent / "golden"
 CANNOT_RUN = {"train": ["train", "--dropout", "9"]}

@@ -6,9 +6,10 @@ import itertools
 import pytest
 
 from mypt_fast import accounting, presets
-from mypt_fast.config import TrainConfig, opt
+from mypt_fast.config import TrainConfig
 from mypt_fast.planner import cards, search, speed, table
 from mypt_fast.planner.operators import Setup
+from mypt_fast.schema import opt
 
 ALL = search.Able()
 
