@@ -139,7 +139,7 @@ def _prepared(
     from mypt_fast.training.parts import use_compile
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
-    from mypt_fast.training.store import check_space
+    from mypt_fast.training.space import check_space
     from mypt_fast.training.trainer import Trainer
 
     with console.byte_progress() as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.config import GoldSelection
 from mypt_fast.errors import CheckpointError, IntegrityError
 from mypt_fast.model import GPT
-from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.first_start import FirstStart
@@ -413,43 +411,6 @@ class Store:
                     f"{self.log.path}: {dropped} bytes from after step {self.start_step} dropped; "
                     "those steps run again"
                 )
-
-
-def save_bytes(settings: Settings) -> int:
-    """Bytes of one save of the run directory: weights, two moments, exact weights if rounded."""
-    total = accounting.count_parameters(settings.model).total
-    dtype = settings.model.save_dtype
-    weights = 4 if bundles.DTYPES[dtype or "fp32"] is torch.float32 else 2 + 4
-    return total * (weights + 8) + (1 << 20)  # JSON, archive heads
-
-
-def check_space(settings: Settings) -> str | None:
-    """Refuse a run whose first save would not fit; returns a notice where the rest may not.
-
-    A save is written aside before the old one is removed, so that each needs its own bytes.
-
-    Raises:
-        CheckpointError: before hours are spent.
-    """
-    folder = settings.run_dir.parent
-    try:
-        disk = os.statvfs(folder if folder.is_dir() else ".")
-    except OSError:
-        return None
-    free, one = disk.f_bavail * disk.f_frsize, save_bytes(settings)
-    if not disk.f_blocks:  # a file system that does not say
-        return None
-    text = f"{folder} has {console.bytes_text(free)} free"
-    if free < one:
-        raise CheckpointError(
-            f"the first save needs {console.bytes_text(one)}", text,
-            "free some space, or make checkpoints/ a link to a larger disk",
-        )  # fmt: skip
-    copies = 1 if settings.resume else 3 + settings.train.keep_last  # run, gold, one being written
-    if free < one * copies:
-        need = console.bytes_text(one * copies)
-        return f"{text}; run, gold and {settings.train.keep_last} older states may take {need}"
-    return None
 
 
 def _tensor(text: str) -> torch.Tensor:

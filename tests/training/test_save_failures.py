@@ -10,7 +10,7 @@ from conftest import events
 from test_resume import assert_same_run
 
 from mypt_fast.checkpoint import bundle
-from mypt_fast.training import store
+from mypt_fast.training import space, store
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_first_save_that_cannot_fit_is_refused_before_training(
         real = original(path)
         return type("Disk", (), {"f_bavail": 10, "f_frsize": 4096, "f_blocks": real.f_blocks})()
 
-    monkeypatch.setattr(store.os, "statvfs", small)
+    monkeypatch.setattr(os, "statvfs", small)
     assert train("a") == 2
     assert "the first save needs 1.1 MiB; checkpoints has 40.0 KiB free" in capsys.readouterr().err
     assert not Path("checkpoints/a").exists()
@@ -106,7 +106,7 @@ def test_the_expected_bytes_are_those_of_a_save(train) -> None:
         real = sum(p.stat().st_size for p in folder.iterdir())
         state = bundle.read_info(folder)
         cfg = store.Settings(dtype, folder, bundle_config(state["config"]), None, None)  # type: ignore[arg-type]
-        assert real <= store.save_bytes(cfg) <= real + (1 << 20)
+        assert real <= space.save_bytes(cfg) <= real + (1 << 20)
 
 
 def bundle_config(raw: dict):
