@@ -105,7 +105,7 @@ def test_the_expected_bytes_are_those_of_a_save(train) -> None:
         folder = Path("checkpoints", dtype)
         real = sum(p.stat().st_size for p in folder.iterdir())
         state = bundle.read_info(folder)
-        cfg = store.Settings(dtype, folder, bundle_config(state["config"]), None, None)  # type: ignore[arg-type]
+        cfg = space.Settings(dtype, folder, bundle_config(state["config"]), None, None)  # type: ignore[arg-type]
         assert real <= space.save_bytes(cfg) <= real + (1 << 20)
 
 
