@@ -174,7 +174,10 @@ def _cure(path: Path) -> str:
 
 def _damaged(path: Path, name: str) -> IntegrityError:
     found = "its hash differs from manifest.json"
-    return IntegrityError(f"{path / name} is not the file that was saved", found, _cure(path))
+    cure = _cure(path)
+    if name in TENSOR_FILES:
+        cure += "; if you changed it on purpose, delete manifest.json"
+    return IntegrityError(f"{path / name} is not the file that was saved", found, cure)
 
 
 def _missing(path: Path, name: str, manifest: dict[str, Any], info: dict[str, Any]) -> str:
