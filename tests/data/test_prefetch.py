@@ -401,12 +401,17 @@ def test_control_c_reaches_a_consumer_that_waits(native):
             time.sleep(0.001)
         signal.pthread_kill(main, signal.SIGINT)
 
+    # a shell's background job starts with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    waiting.set()
-    with pytest.raises(KeyboardInterrupt):
-        ring.take()
-    thread.join()
+    try:
+        thread.start()
+        waiting.set()
+        with pytest.raises(KeyboardInterrupt):
+            ring.take()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ValueError, match="more slots are given back"):
         ring.take(3)
 
