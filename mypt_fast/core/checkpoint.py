@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mypt_fast import console
+from mypt_fast.checkpoint import legacy
 from mypt_fast.checkpoint.manifest import exists, read_info
 from mypt_fast.config import ARCHITECTURE_KEYS, TrainConfig
 from mypt_fast.core import files
@@ -307,7 +308,7 @@ def get_model_info(model_name: str, base_dir: str | os.PathLike[str] = ROOT) -> 
         return {**kept, "format": "json"}
     for name in (LATEST, FINAL):
         if here.exists_legacy_format(name):
-            saved = files.legacy("a single-file checkpoint").info(Path(here.get_path(name)))
+            saved = legacy.info(Path(here.get_path(name)))
             return {
                 "config": saved["config"], "tokenizer": saved.get("tokenizer"),
                 "training_state": {"step": saved["training_state"].get("step")},

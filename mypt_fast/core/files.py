@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from mypt_fast import console, publish
 from mypt_fast import model as engine
-from mypt_fast.checkpoint import bundle
+from mypt_fast.checkpoint import bundle, legacy
 from mypt_fast.checkpoint.bundle import Bundle, _cast
 from mypt_fast.config import ModelConfig
 from mypt_fast.core.config import GPTConfig, strict_compat
@@ -167,16 +166,7 @@ def read_legacy(path: Path_, optimizer: bool = True) -> Bundle:
     file = Path(path)
     if not file.is_file():
         raise NoCheckpointError(f"{file} is missing", cure="check the name")
-    found: Bundle = legacy("a single-file checkpoint").read(file, optimizer=optimizer)
-    return found
-
-
-def legacy(what: str) -> Any:
-    """The module that knows MyPT's older files."""
-    try:
-        return importlib.import_module("mypt_fast.checkpoint.legacy")
-    except ModuleNotFoundError as e:
-        raise CheckpointError(f"{what} cannot be read", "this version reads bundles only") from e
+    return legacy.read(file, optimizer=optimizer)
 
 
 def revived(

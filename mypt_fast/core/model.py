@@ -5,7 +5,6 @@ Shapes: B batch, T time, C n_embd, H heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -273,10 +272,9 @@ class GPT(engine.GPT):
     ) -> dict[str, Tensor]:
         """Train (MyPT specification 4.5); returns the final losses of both splits."""
         given = {k: v for k, v in locals().items() if k not in ("self", "data_loader", "optimizer")}
-        trained: dict[str, Tensor] = importlib.import_module("mypt_fast.core.fit").fit(
-            self, data_loader, optimizer, **given
-        )
-        return trained
+        from mypt_fast.core.fit import fit
+
+        return fit(self, data_loader, optimizer, **given)
 
     def estimate_loss(
         self, data_loader: Any, eval_iters: int, splits: Sequence[str] = ("train", "val")
