@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mypt_fast.attention import KVCache
 from mypt_fast.checkpoint import bundle, legacy
 from mypt_fast.checkpoint.eras import misfit
 from mypt_fast.config import ModelConfig
 from mypt_fast.errors import CheckpointError, ConfigError, IntegrityError
-from mypt_fast.model import GPT, KVCache
+from mypt_fast.model import GPT
 from mypt_fast.schema import build, field_names
 from mypt_fast.tokenizer import Tokenizer
 

@@ -1,238 +1,19 @@
-"""The GPT, whole: attention, feed-forward, block, initialisation, forward.
+"""The GPT, whole: embedding, blocks, head, initialisation, loss.
 
-Shapes: B batch, T time, C n_embd, H heads, D head size, F feed-forward width, V vocabulary.
-Attribute names are MyPT's state_dict keys (specification 2.5), so a bundle needs no translation.
+Shapes: B batch, T time, C n_embd, D head size, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mypt_fast import kernels
-from mypt_fast.accounting import swiglu_hidden
-from mypt_fast.attention import KVCache, Segments, attend
+from mypt_fast.attention import KVCache, Segments
+from mypt_fast.block import SAVES, Block, Embedding, LayerNorm, Linear, Pair, Place, RMSNorm, join
 from mypt_fast.config import ModelConfig
 from mypt_fast.kernels import rope_tables
-
-Pair = tuple[Tensor, Tensor]
-
-
-class Linear(nn.Linear):
-    """nn.Linear that leaves its memory alone: `GPT.init_weights` fills it once."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing."""
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding that leaves its memory alone."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing."""
-
-
-class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm through the kernels, always with weight and bias."""
-
-    def __init__(self, width: int, impl: str = "auto") -> None:
-        super().__init__(width)
-        self.impl = impl
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C)."""
-        return kernels.layer_norm(x, self.weight, self.bias, impl=self.impl)
-
-    def join(self, branch: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Pair:
-        """Return the norm of h = x + dropout(branch), and h; both (B, T, C)."""
-        return kernels.add_layer_norm(
-            branch, x, self.weight, self.bias, dropout_p=p, seed=seed, impl=self.impl
-        )
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm, weight only."""
-
-    def __init__(self, width: int, eps: float = 1e-6, impl: str = "auto") -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.impl = eps, impl
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., C)."""
-        return kernels.rms_norm(x, self.weight, eps=self.eps, impl=self.impl)
-
-    def join(self, branch: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Pair:
-        """Return the norm of h = x + dropout(branch), and h; both (B, T, C)."""
-        return kernels.add_rms_norm(
-            branch, x, self.weight, eps=self.eps, dropout_p=p, seed=seed, impl=self.impl
-        )
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention over one packed qkv projection; scale 1/sqrt(D)."""
-
-    def __init__(self, cfg: ModelConfig, impl: str = "auto") -> None:
-        super().__init__()
-        self.n_head, self.dropout, self.impl = cfg.n_head, cfg.dropout, impl
-        self.qkv = Linear(cfg.n_embd, 3 * cfg.n_embd, bias=cfg.bias)
-        self.proj = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias or cfg.per_head_era)
-
-    def forward(self, x: Tensor, place: "Place", layer: int) -> Tensor:
-        """x: (B, T, C)."""
-        B, T, C = x.shape
-        qkv, cache, mask = self.qkv(x), place.cache, None
-        if place.rope is not None:
-            q, k, v = kernels.rope_qkv(
-                qkv, *place.rope, self.n_head, positions=place.positions, impl=self.impl
-            )
-        else:
-            q, k, v = (
-                t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                for t in qkv.split(C, dim=2)
-            )
-        dropout_p = self.dropout if self.training else 0.0
-        if place.segments is not None:
-            y = attend(q, k, v, place.segments, dropout_p)
-            return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
-        past = cache.length if cache is not None else 0
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-            if past and T > 1:  # a block of new tokens behind cached ones: causal, shifted by past
-                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and not past, dropout_p=dropout_p
-        )
-        return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
-
-
-class FeedForward(nn.Module):
-    """C -> 4C -> C with exact GELU, or the per-head era's ReLU; always with biases."""
-
-    def __init__(self, cfg: ModelConfig, impl: str = "auto", save: str = "all") -> None:
-        super().__init__()
-        self.impl, self.save = impl, save
-        activation = nn.ReLU() if cfg.per_head_era else nn.GELU()
-        self.net = nn.Sequential(
-            Linear(cfg.n_embd, 4 * cfg.n_embd), activation, Linear(4 * cfg.n_embd, cfg.n_embd)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C)."""
-        if isinstance(self.net[1], nn.ReLU):  # of old weights only: no kernel of its own
-            return self.net(x)
-        up: Linear = self.net[0]  # type: ignore[assignment]
-        down: Linear = self.net[2]  # type: ignore[assignment]
-        return kernels.gelu_mlp(
-            x, up.weight, up.bias, down.weight, down.bias, save=self.save, impl=self.impl
-        )
-
-
-class SwiGLUFeedForward(nn.Module):
-    """w_down(silu(w_gate x) * (w_up x)); never with biases."""
-
-    def __init__(self, cfg: ModelConfig, impl: str = "auto", save: str = "all") -> None:
-        super().__init__()
-        hidden = swiglu_hidden(cfg.n_embd)
-        self.impl, self.save = impl, save
-        self.w_gate = Linear(cfg.n_embd, hidden, bias=False)
-        self.w_up = Linear(cfg.n_embd, hidden, bias=False)
-        self.w_down = Linear(hidden, cfg.n_embd, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C)."""
-        return kernels.swiglu_mlp(
-            x, (self.w_gate.weight, self.w_up.weight), self.w_down.weight,
-            save=self.save, impl=self.impl,
-        )  # fmt: skip
-
-
-@dataclass
-class Place:
-    """Where the tokens of a batch stand: what every block needs besides the hidden states."""
-
-    rope: Pair | None = None  # cosines and sines, (positions, D/2)
-    positions: Tensor | None = None  # (B, T) rows of those; None: 0 .. T-1
-    segments: Segments | None = None  # documents that do not see each other
-    cache: KVCache | None = None
-
-
-class Block(nn.Module):
-    """x + sa(ln1(x)), then x + fwd(ln2(x)).
-
-    A branch joins the residual stream where the next norm reads it, in one pass: a block takes the
-    branch that the one before it left, and leaves its own.
-
-    Attributes:
-        parts: the classes of attention, GELU and SwiGLU feed-forward.
-    """
-
-    parts: tuple[type[CausalSelfAttention], type[FeedForward], type[SwiGLUFeedForward]] = (
-        CausalSelfAttention, FeedForward, SwiGLUFeedForward,
-    )  # fmt: skip
-
-    def __init__(self, cfg: ModelConfig, impl: str = "auto", mlp_save: str = "all") -> None:
-        super().__init__()
-        norm = RMSNorm if cfg.norm_type == "rmsnorm" else LayerNorm
-        attention, gelu, swiglu = self.parts
-        feed_forward = swiglu if cfg.mlp_type == "swiglu" else gelu
-        self.use_checkpoint, self.dropout = cfg.use_checkpoint, cfg.dropout
-        self.sa = attention(cfg, impl)
-        self.fwd = feed_forward(cfg, impl, mlp_save)
-        self.ln1 = norm(cfg.n_embd, impl=impl)
-        self.ln2 = norm(cfg.n_embd, impl=impl)
-
-    def forward(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        place: Place,
-        layer: int = 0,
-        seeds: Sequence[Tensor | None] = (None, None),
-    ) -> Pair:
-        """Return the residual stream and the branch that is to join it, both (B, T, C).
-
-        Args:
-            x: the residual stream.
-            branch: what is to join it first; None before the first block.
-            place: positions, documents and cache.
-            layer: of the cache.
-            seeds: of the dropout on `branch` and on the attention's.
-        """
-        if self.use_checkpoint and self.training and place.cache is None:
-            x = x if branch is None else x + self._dropped(branch)
-            y = checkpoint(lambda h: self.sa(self.ln1(h), place, layer), x, use_reentrant=False)
-            x = x + self._dropped(y)
-            return x, checkpoint(lambda h: self.fwd(self.ln2(h)), x, use_reentrant=False)
-        h, x = join(self.ln1, x, branch, self.dropout, seeds[0])
-        h, x = join(self.ln2, x, self.sa(h, place, layer), self.dropout, seeds[1])
-        return x, self.fwd(h)
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        return F.dropout(branch, self.dropout, self.training)
-
-
-def join(
-    norm: LayerNorm | RMSNorm, x: Tensor, branch: Tensor | None, p: float, seed: Tensor | None
-) -> Pair:
-    """Add dropout(branch) to x; returns the norm of the sum and the sum.
-
-    With a seed the norm's kernel draws the dropout itself; without, torch's generator does.
-    """
-    if branch is None:
-        return norm(x), x
-    if not norm.training:
-        p = 0.0
-    if norm._forward_hooks or norm._forward_pre_hooks:  # somebody looks at the norm: call it
-        x = x + F.dropout(branch, p)
-        return norm(x), x
-    if seed is None:
-        branch, p = F.dropout(branch, p), 0.0
-    return norm.join(branch, x, p, seed)
+from mypt_fast.recompute import Again
 
 
 class GPT(nn.Module):
@@ -242,7 +23,12 @@ class GPT(nn.Module):
         cfg: the architecture; `cfg.check()` has passed.
         seed: of the initial weights; None leaves them unset (for loading).
         kernels: which implementation of the operators runs, `impl` of `mypt_fast.kernels`.
-        mlp_save: what a feed-forward keeps for its backward: "all", "gate_up" or "input".
+        recompute: what the backward makes again, see `recompute.POLICIES`; None: every block with
+            `cfg.use_checkpoint`, else nothing.
+
+    Attributes:
+        residual: dtype of the residual stream; None: as the embedding's.
+        chunk_rows: rows of logits at a time in training; 0: as the head chooses.
     """
 
     block: type[Block] = Block
@@ -252,10 +38,13 @@ class GPT(nn.Module):
         cfg: ModelConfig,
         seed: int | None = 0,
         kernels: str = "auto",
-        mlp_save: str = "all",
+        recompute: str | None = None,
     ) -> None:
         super().__init__()
         self.config, self.impl = cfg, kernels
+        self.recompute = recompute or ("block" if cfg.use_checkpoint else "none")
+        self.residual: torch.dtype | None = None
+        self.chunk_rows = 0
         self.token_embedding_table = Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.pos_encoding != "rope":
             self.position_embedding_table = Embedding(cfg.block_size, cfg.n_embd)
@@ -265,7 +54,9 @@ class GPT(nn.Module):
             )
             self.register_buffer("rope_cos", tables[0], persistent=False)
             self.register_buffer("rope_sin", tables[1], persistent=False)
-        self.blocks = nn.ModuleList(self.block(cfg, kernels, mlp_save) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(
+            self.block(cfg, kernels, self.recompute) for _ in range(cfg.n_layer)
+        )
         norm = RMSNorm if cfg.norm_type == "rmsnorm" else LayerNorm
         self.ln_f = norm(cfg.n_embd, impl=kernels)
         self.lm_head = Linear(cfg.n_embd, cfg.vocab_size)
@@ -329,7 +120,7 @@ class GPT(nn.Module):
         return kernels.linear_cross_entropy(
             x.flatten(0, 1), self.lm_head.weight, self.lm_head.bias, targets.flatten(),
             token_weight=None if loss_mask is None else loss_mask.flatten().float(),
-            reduction="sum", impl=self.impl,
+            reduction="sum", chunk=self.chunk_rows or None, impl=self.impl,
         )  # fmt: skip
 
     def summed_loss(
@@ -356,8 +147,9 @@ class GPT(nn.Module):
         The plain expressions take torch's own dropout, which is faster there.
         """
         cfg = self.config
-        fused = self.impl in ("triton", "reference") and not cfg.use_checkpoint
-        if not (fused and self.training and cfg.dropout):
+        fused = self.impl in ("triton", "reference") and self.recompute == "none"
+        remade = self.recompute in SAVES
+        if not ((fused or remade) and self.training and cfg.dropout):
             return None
         return torch.randint(2**63 - 1, (2 * cfg.n_layer,), device=device)
 
@@ -383,9 +175,14 @@ class GPT(nn.Module):
             x = x + torch.empty_like(x).uniform_(-bound, bound)
         # the first branch has no dropout before it: seeds belong to joins 1 .. 2 n_layer
         per_join = [None] * (2 * len(self.blocks) + 1) if seeds is None else [None, *seeds.unbind()]
-        branch = None
+        branch, again = None, None
+        if self.training and cache is None:
+            again = Again.of(self.recompute, x.device, self.config.dropout > 0)
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
+            if again is not None:
+                x = again.run(block.whole, x, place)  # type: ignore[arg-type]
+            else:
+                x, branch = block(x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
         if cache is not None:
             cache.length += T
         return join(self.ln_f, x, branch, self.config.dropout, per_join[-1])[0]
@@ -399,14 +196,14 @@ class GPT(nn.Module):
         if documents is not None and self.config.segment_position_reset:
             place.positions = documents.positions
         if self.config.pos_encoding != "rope":
-            return x + self.position_embedding_table.weight[
-                here if place.positions is None else place.positions
-            ], place
-        tables: Pair = (self.rope_cos, self.rope_sin)  # type: ignore[assignment]
-        if place.positions is None:
-            tables = (tables[0][here], tables[1][here])
-        place.rope = tables
-        return x, place
+            rows = here if place.positions is None else place.positions
+            x = x + self.position_embedding_table.weight[rows]
+        else:
+            tables: Pair = (self.rope_cos, self.rope_sin)  # type: ignore[assignment]
+            if place.positions is None:
+                tables = (tables[0][here], tables[1][here])
+            place.rope = tables
+        return x if self.residual is None else x.to(self.residual), place
 
 
 def decays(name: str, dims: int) -> bool:

@@ -22,7 +22,7 @@ FLOORS = (
         "planner",
     },
     {"kernels", "tokenizer", "tokenizer_state", "gpt2_files", "data", "_native"},
-    {"attention", "model"},
+    {"attention", "block", "model", "recompute"},
     {"lora", "generate", "plot", "checkpoint"},
     {"training", "benchmark"},
     {"core", "cli", "__main__"},

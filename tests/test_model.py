@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mypt_fast import kernels
-from mypt_fast.attention import segment_positions
+from mypt_fast.attention import KVCache, segment_positions
 from mypt_fast.config import ModelConfig
-from mypt_fast.model import GPT, KVCache
+from mypt_fast.model import GPT
 
 BASE = {"vocab_size": 13, "block_size": 8, "n_embd": 12, "n_head": 2, "n_layer": 2, "dropout": 0.0}
 LLAMA = {"pos_encoding": "rope", "mlp_type": "swiglu", "norm_type": "rmsnorm"}

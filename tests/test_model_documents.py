@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from mypt_fast import attention
-from mypt_fast.attention import Segments
+from mypt_fast.attention import KVCache, Segments
 from mypt_fast.config import ModelConfig
-from mypt_fast.model import GPT, KVCache
+from mypt_fast.model import GPT
 
 SMALL = {
     "vocab_size": 31,

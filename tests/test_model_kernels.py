@@ -24,12 +24,10 @@ IDX = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(0))
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 12, [1] * 3 + [2] * 4 + [3] * 5])
 
 
-def results(
-    style, kernels="auto", save="all", dropout=0.0, segments=None, seed=1, checkpoint=False
-):
+def results(style, kernels="auto", recompute="none", dropout=0.0, segments=None, seed=1):
     """Loss and gradients of one training step."""
-    cfg = ModelConfig(**SMALL, **style, dropout=dropout, use_checkpoint=checkpoint)
-    model = GPT(cfg, kernels=kernels, mlp_save=save).train()
+    cfg = ModelConfig(**SMALL, **style, dropout=dropout)
+    model = GPT(cfg, kernels=kernels, recompute=recompute).train()
     torch.manual_seed(seed)
     loss = model(IDX, IDX.roll(-1, 1), segment_ids=segments)
     loss.backward()
@@ -46,9 +44,8 @@ def assert_equal(found, wanted) -> None:
 def test_the_operators_give_what_plain_pytorch_gives(style, segments) -> None:
     impl = "triton" if INTERPRETED else "reference"
     want = results(style, segments=segments)
-    for save in ("all", "gate_up", "input"):
-        assert_equal(results(style, impl, save, segments=segments), want)
-    assert_equal(results(style, impl, segments=segments, checkpoint=True), want)
+    for policy in ("none", "norms", "mlp", "block"):
+        assert_equal(results(style, impl, policy, segments=segments), want)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compares with Triton: runs under TRITON_INTERPRET=1")
@@ -56,7 +53,8 @@ def test_the_operators_give_what_plain_pytorch_gives(style, segments) -> None:
 def test_dropout_of_a_seed_is_the_same_on_triton_and_on_the_reference(style) -> None:
     want = results(style, "reference", dropout=0.2)
     # attention draws its own dropout from torch's generator, the same on both
-    assert_equal(results(style, "triton", dropout=0.2), want)
+    for policy in ("none", "norms", "mlp"):
+        assert_equal(results(style, "triton", policy, dropout=0.2), want)
     other = results(style, "reference", dropout=0.2, seed=2)
     assert abs(other[0] - want[0]) > 1e-3
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mypt_fast import model as engine
+from mypt_fast import block as engine
 from mypt_fast.attention import KVCache, Segments
+from mypt_fast.block import Pair, Place
 from mypt_fast.config import ModelConfig
 from mypt_fast.core.errors import ContextError, SettingError
 from mypt_fast.kernels import rope_tables
 from mypt_fast.kernels.reference.rope import turn
-from mypt_fast.model import Pair, Place
 
 RMSNorm = engine.RMSNorm
 SEEDS = (None, None)
@@ -142,16 +142,16 @@ class CausalSelfAttention(engine.CausalSelfAttention):
 class FeedForward(engine.FeedForward):
     """C -> 4C -> C with exact GELU. Its dropout is where it joins the residual stream."""
 
-    def __init__(self, config: ModelConfig, impl: str | None = None, save: str = "all") -> None:
-        super().__init__(config, impl or "auto", save)
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(config, impl or "auto")
         filled(self, impl is None)
 
 
 class SwiGLUFeedForward(engine.SwiGLUFeedForward):
     """w_down(silu(w_gate x) * (w_up x)). Its dropout is where it joins the residual stream."""
 
-    def __init__(self, config: ModelConfig, impl: str | None = None, save: str = "all") -> None:
-        super().__init__(config, impl or "auto", save)
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(config, impl or "auto")
         filled(self, impl is None)
 
 
@@ -160,9 +160,11 @@ class Block(engine.Block):
 
     parts = (CausalSelfAttention, FeedForward, SwiGLUFeedForward)
 
-    def __init__(self, config: ModelConfig, impl: str | None = None, save: str = "all") -> None:
+    def __init__(
+        self, config: ModelConfig, impl: str | None = None, recompute: str = "none"
+    ) -> None:
         check_heads(config)
-        super().__init__(config, impl or "auto", save)
+        super().__init__(config, impl or "auto", recompute)
         self.config = config
         filled(self, impl is None)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mypt_fast import console, kernels
 from mypt_fast import model as engine
 from mypt_fast.attention import KVCache, Segments
+from mypt_fast.block import Pair
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.core import files, measures, writing
 from mypt_fast.core.config import GPTConfig
@@ -33,7 +34,6 @@ from mypt_fast.core.layers import (
 )
 from mypt_fast.core.tokenizer import Tokenizer
 from mypt_fast.kernels import rope_tables
-from mypt_fast.model import Pair
 from mypt_fast.training.optim import adamw
 
 __all__ = [

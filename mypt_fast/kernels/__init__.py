@@ -5,16 +5,22 @@ an operator that torch.compile does not look into), "inductor" (the plain PyTorc
 torch.compile to fuse), or "auto", for which `choose` is the one rule.
 """
 
+from mypt_fast.kernels._joined import Join, Norm
 from mypt_fast.kernels._operator import IMPLS, choose, describe, why_not
 from mypt_fast.kernels.activation import swiglu
 from mypt_fast.kernels.cross_entropy import cross_entropy
 from mypt_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from mypt_fast.kernels.mlp import gelu_mlp, swiglu_mlp
 from mypt_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from mypt_fast.kernels.norm_mlp import norm_mlp
+from mypt_fast.kernels.norm_qkv import norm_qkv
+from mypt_fast.kernels.recast import linear
 from mypt_fast.kernels.rope import rope_qkv, rope_tables
 
 __all__ = [
     "IMPLS",
+    "Join",
+    "Norm",
     "add_layer_norm",
     "add_rms_norm",
     "choose",
@@ -22,7 +28,10 @@ __all__ = [
     "describe",
     "gelu_mlp",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
+    "norm_mlp",
+    "norm_qkv",
     "rms_norm",
     "rope_qkv",
     "rope_tables",

@@ -23,8 +23,15 @@ MIN_CHUNK_ROWS = 64
 ALIGNMENT = 64  # columns: rows of logits start where a GPU loads 16 bytes at once
 
 
-def chunk_rows(rows: int, vocab: int, dtype: torch.dtype, cpu: bool, budget: int | None) -> int:
-    """Rows of logits at a time: chunks of equal size, as tall as `budget` bytes allow.
+def chunk_rows(
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+    cpu: bool,
+    budget: int | None,
+    most: int | None = None,
+) -> int:
+    """Rows of logits at a time: chunks of equal size, of `most` rows or of `budget` bytes.
 
     The default budget is 56 MiB on a CPU and 512 MiB, at most 2048 rows, on a GPU.
     """
@@ -33,7 +40,7 @@ def chunk_rows(rows: int, vocab: int, dtype: torch.dtype, cpu: bool, budget: int
     fitting = max(MIN_CHUNK_ROWS, limit // (dtype.itemsize * padded))
     if not (budget or cpu):
         fitting = min(fitting, GPU_CHUNK_ROWS)
-    chunks = max(1, -(-rows // fitting))
+    chunks = max(1, -(-rows // (most or fitting)))
     return max(1, -(-rows // chunks))
 
 

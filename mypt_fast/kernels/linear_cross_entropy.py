@@ -238,6 +238,7 @@ def linear_cross_entropy(
     grad_into: Tensor | None = None,
     grad_scale: Tensor | float = 1.0,
     memory_budget: int | None = None,
+    chunk: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """cross_entropy(x W^T + b, targets) without the (N, V) logits.
@@ -264,6 +265,7 @@ def linear_cross_entropy(
             scale, say), a number or 0-d tensor. Should another come, the gradients are NaN.
         memory_budget: bytes that the logits of a chunk may take, but 64 rows at least; see
             `chunk_rows`.
+        chunk: most rows of logits at a time, instead of a budget.
         impl: as in `choose`; "inductor" compiles the step on a chunk of logits.
 
     Returns:
@@ -273,12 +275,12 @@ def linear_cross_entropy(
         ValueError, TypeError: for arguments that do not fit each other.
     """
     rule = check_rule(NAME, ignore_index, label_smoothing, z_loss, softcap, reduction)
-    dtype = _check(x, weight, bias, grad_into, reduction, grad_scale, memory_budget)
+    dtype = _check(x, weight, bias, grad_into, reduction, grad_scale, memory_budget, chunk)
     check_rows(NAME, x, targets, token_weight, denom, (x.shape[0], weight.shape[0]), rule)
     if token_weight is not None and token_weight.requires_grad:
         raise ValueError(f"{NAME}: token_weight gets no gradient; pass it detached")
     path, cpu = _path(impl, x, dtype), x.device.type == "cpu"
-    rows = chunk_rows(x.shape[0], weight.shape[0], dtype, cpu, memory_budget)
+    rows = chunk_rows(x.shape[0], weight.shape[0], dtype, cpu, memory_budget, chunk)
     options = (ignore_index, rule.label_smoothing, rule.z_loss, rule.softcap, dtype, rows)
     row_weight = kept_weight(x, targets, token_weight, rule)
     if reduction == "none":
@@ -309,7 +311,7 @@ def _path(impl: str, x: Tensor, dtype: torch.dtype) -> str:
 
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, grad_into: Tensor | None, reduction: str,
-    grad_scale: Tensor | float, memory_budget: int | None,
+    grad_scale: Tensor | float, memory_budget: int | None, chunk: int | None,
 ) -> torch.dtype:  # fmt: skip
     """Check all but the rows; returns the dtype of the matmuls."""
     _operator.expect_tensors(NAME, x=x, weight=weight)
@@ -328,8 +330,9 @@ def _check(
                 raise TypeError(
                     f"{NAME}: expected {argument} of the dtype of x, {x.dtype}; found {t.dtype}"
                 )
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"{NAME}: expected memory_budget > 0 or None; found {memory_budget}")
+    for argument, value in (("memory_budget", memory_budget), ("chunk", chunk)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{NAME}: expected {argument} > 0 or None; found {value}")
     if grad_into is not None:
         _check_buffer(grad_into, weight, dtype, reduction)
         if isinstance(grad_scale, Tensor):

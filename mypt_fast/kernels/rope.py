@@ -96,15 +96,9 @@ def _check(
     k_weight: Tensor | None,
 ) -> None:
     name = "rope_qkv"
-    op.expect_same_device(
-        name, qkv, cos=cos, sin=sin, positions=positions, q_weight=q_weight, k_weight=k_weight
-    )
+    op.expect_same_device(name, qkv, q_weight=q_weight, k_weight=k_weight)
     op.expect_floating(name, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
-    if cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
-        raise TypeError(f"{name}: expected cos and sin of fp32; found {cos.dtype}, {sin.dtype}")
-    if cos.dim() != 2 or not cos.shape[1]:
-        raise ValueError(f"{name}: expected cos (length, D/2), D > 0; found {tuple(cos.shape)}")
-    op.expect_shape(name, "sin", sin, tuple(cos.shape))
+    check_tables(name, qkv, cos, sin, positions)
     if n_head < 1 or n_kv_head < 1 or n_head % n_kv_head:
         raise ValueError(
             f"{name}: expected n_kv_head to divide n_head, both positive; "
@@ -126,10 +120,23 @@ def _check(
             f"{name}: expected q_weight and k_weight of one dtype; "
             f"found {q_weight.dtype}, {k_weight.dtype}"
         )
-    _check_positions(name, positions, qkv.shape[0], qkv.shape[1], length)
+    check_positions(name, positions, qkv.shape[0], qkv.shape[1], length)
 
 
-def _check_positions(name: str, positions: Tensor | None, B: int, T: int, length: int) -> None:
+def check_tables(
+    name: str, like: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> None:
+    """Raise for tables or positions on another device than `like`, and for no fp32 tables."""
+    op.expect_same_device(name, like, cos=cos, sin=sin, positions=positions)
+    if cos.dtype is not torch.float32 or sin.dtype is not torch.float32:
+        raise TypeError(f"{name}: expected cos and sin of fp32; found {cos.dtype}, {sin.dtype}")
+    if cos.dim() != 2 or not cos.shape[1]:
+        raise ValueError(f"{name}: expected cos (length, D/2), D > 0; found {tuple(cos.shape)}")
+    op.expect_shape(name, "sin", sin, tuple(cos.shape))
+
+
+def check_positions(name: str, positions: Tensor | None, B: int, T: int, length: int) -> None:
+    """Raise for positions of another shape or dtype, and on a CPU for those outside the tables."""
     if positions is None:
         if length < T:
             raise ValueError(f"{name}: expected at most {length} positions (cos); found {T}")
