@@ -255,9 +255,9 @@ class Block(nn.Module):
         h, x = join(self.ln2, x, self.sa(h, place, layer), p, seeds[1])
         return x, self.fwd(h)
 
-    def whole(self, x: Tensor, place: Place) -> Tensor:
-        """The residual stream with both branches in it, (B, T, C), from the one before them."""
-        x, branch = self(x, None, place)
+    def whole(self, x: Tensor, branch: Tensor | None, place: Place) -> Tensor:
+        """The residual stream with every branch in it, (B, T, C)."""
+        x, branch = self(x, branch, place)
         return x if branch is None else x + self._dropped(branch)
 
     def _dropped(self, branch: Tensor) -> Tensor:

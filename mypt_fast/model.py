@@ -175,12 +175,10 @@ class GPT(nn.Module):
             x = x + torch.empty_like(x).uniform_(-bound, bound)
         # the first branch has no dropout before it: seeds belong to joins 1 .. 2 n_layer
         per_join = [None] * (2 * len(self.blocks) + 1) if seeds is None else [None, *seeds.unbind()]
-        branch, again = None, None
-        if self.training and cache is None:
-            again = Again.of(self.recompute, x.device, self.config.dropout > 0)
+        branch, again = None, Again(x.device, self.config.dropout > 0)
         for layer, block in enumerate(self.blocks):
-            if again is not None:
-                x = again.run(block.whole, x, place)  # type: ignore[arg-type]
+            if self.training and cache is None and block.recompute in Again.POLICIES:
+                x, branch = again.run(block, x, branch, place), None
             else:
                 x, branch = block(x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
         if cache is not None:

@@ -14,7 +14,6 @@ run a block twice, with the same random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,35 +25,31 @@ from torch.utils.checkpoint import checkpoint
 POLICIES = ("none", "norms", "mlp", "block", "offload")
 
 
-@dataclass
 class Again:
-    """Runs the blocks of one forward so that the backward makes them again.
+    """Runs blocks of one forward so that the backward makes them again.
 
-    Attributes:
+    Args:
+        device: of the residual stream.
         dropout: whether random numbers have to be repeated.
-        host: where the residual streams wait, None for where they are made.
     """
 
-    dropout: bool
-    host: Host | None = None
+    POLICIES = ("block", "offload")
 
-    @classmethod
-    def of(cls, policy: str, device: torch.device, dropout: bool) -> Again | None:
-        """That of a policy; None where no block is run again."""
-        if policy not in ("block", "offload"):
-            return None
-        return cls(dropout, Host(device) if policy == "offload" else None)
+    def __init__(self, device: torch.device, dropout: bool) -> None:
+        self.device, self.dropout = device, dropout
+        self.host: Host | None = None
 
-    def run(self, block: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-        """Call block(x, *args), keeping x alone."""
-        if self.host is None:
-            return self._checkpointed(block, x, *args)
+    def run(self, block: Any, *args: Any) -> Tensor:
+        """Call block.whole(*args), keeping those of its arguments that are tensors alone."""
+        if block.recompute == "block":
+            return self._checkpointed(block, *args)
+        self.host = self.host or Host(self.device)
         with saved_tensors_hooks(self.host.take, self.host.give):
-            return self._checkpointed(block, x, *args)
+            return self._checkpointed(block, *args)
 
-    def _checkpointed(self, block: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    def _checkpointed(self, block: Any, *args: Any) -> Tensor:
         y: Tensor = checkpoint(
-            block, x, *args, use_reentrant=False, preserve_rng_state=self.dropout
+            block.whole, *args, use_reentrant=False, preserve_rng_state=self.dropout
         )
         return y
 

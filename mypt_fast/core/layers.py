@@ -168,6 +168,15 @@ class Block(engine.Block):
         self.config = config
         filled(self, impl is None)
 
+    @property
+    def use_checkpoint(self) -> bool:
+        """Whether the backward runs the block again; may be set."""
+        return self.recompute == "block"
+
+    @use_checkpoint.setter
+    def use_checkpoint(self, on: bool) -> None:
+        self.recompute = "block" if on else "none"
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x: (B, T, C). Called by the engine: its pair; by a script as `alone` says.
 

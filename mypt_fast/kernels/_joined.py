@@ -83,6 +83,7 @@ def normed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The norm's output, h (empty without a branch) and the statistics."""
     x, old = (residual, None) if branch is None else (branch, residual)
+    p = 0.0 if seed is None else p
     return norms._norm(x, old, weight, bias, seed, eps, 0.0, center, p, dtype, triton)
 
 
@@ -96,6 +97,7 @@ def norm_gradients(
     That of the branch is empty, too, where it is that of the residual stream: see `shared`.
     """
     apart = branch_dtype is not None and (seed is not None or branch_dtype is not h.dtype)
+    p = 0.0 if seed is None else p
     dresidual, dbranch, dweight, dbias = norms._norm_backward(
         dy, dh, h, weight, *statistics, seed, 0.0, center, p, branch_dtype if apart else None,
         bias.dtype if bias is not None else None, triton,

@@ -714,7 +714,8 @@ def test_single_files_go_through_the_module_that_knows_them(here, monkeypatch):
         def info(path):
             return {"config": {"n_layer": 2}, "training_state": {"step": 5}}
 
-    monkeypatch.setattr(files, "legacy", lambda what: Legacy)
+    monkeypatch.setattr(files, "legacy", Legacy)
+    monkeypatch.setattr(core, "legacy", Legacy)
     folder = here / "checkpoints/old"
     folder.mkdir(parents=True)
     for name in ("final.pt", "other.pt"):
