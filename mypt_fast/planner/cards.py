@@ -22,7 +22,7 @@ class Card:
         memory: nominal, GiB.
         tflops: by dtype: "fp16", "bf16", and "fp32" (without TF32) where it was published.
         source: of the ceilings.
-        gb_per_s: memory bandwidth, 0 where no source was at hand.
+        gb_per_s: memory bandwidth, of the maker's data sheet; 0: unknown.
         visible: GiB that programs see, where that is well below the nominal; else 0.
         share: of its ceiling that a training step reaches, as estimated.
     """
@@ -57,32 +57,33 @@ def _card(
 # Cards before Ampere reach a smaller share: their matmuls are fast, the rest is not.
 OLD = 0.6
 CARDS = (
-    _card("T4", 16, 4.17, 41.9, 2.46, "database.md", visible=14.74, share=OLD),
-    _card("V100S", 32, 13.6, 88.9, 9.85, "database.md", share=OLD),
-    _card("V100", 16, 13.6, 88.9, 9.85, "database.md, the row of the V100S", share=OLD),
-    _card("RTX 2080", 8, 9.23, 39.0, 5.14, "database.md", share=OLD),
-    _card("RTX 3080 Ti", 12, 24.4, 75.6, 76.5, "database.md"),
-    _card("RTX 3090", 24, 24.5, 75.6, 76.3, "database.md"),
-    _card("RTX A2000 12GB", 12, 5.51, 36.0, 37.3, "#72"),
-    _card("RTX A4000", 16, 11.9, 65.4, 62.8, "#97"),
-    _card("A40", 48, 23.7, 119.2, 122.3, "#185"),
-    _card("RTX 4060", 8, 8.34, 32.6, 31.2, "#66"),
+    _card("T4", 16, 4.17, 41.9, 2.46, "database.md", visible=14.74, share=OLD, gb_per_s=320),
+    _card("V100S", 32, 13.6, 88.9, 9.85, "database.md", share=OLD, gb_per_s=1134),
+    _card("V100", 16, 13.6, 88.9, 9.85, "database.md, the row of the V100S", share=OLD, gb_per_s=900),
+    _card("RTX 2080", 8, 9.23, 39.0, 5.14, "database.md", share=OLD, gb_per_s=448),
+    _card("RTX 3080 Ti", 12, 24.4, 75.6, 76.5, "database.md", gb_per_s=912),
+    _card("RTX 3090", 24, 24.5, 75.6, 76.3, "database.md", gb_per_s=936),
+    _card("RTX A2000 12GB", 12, 5.51, 36.0, 37.3, "#72", gb_per_s=288),
+    _card("RTX A4000", 16, 11.9, 65.4, 62.8, "#97", gb_per_s=448),
+    _card("A40", 48, 23.7, 119.2, 122.3, "#185", gb_per_s=696),
+    _card("RTX 4060", 8, 8.34, 32.6, 31.2, "#66", gb_per_s=272),
     _card("RTX 4060 Ti", 16, 11.9, 43.4, 44.7, "#130 (also #145)", gb_per_s=288),
-    _card("RTX 4070 SUPER", 12, 22.8, 65.1, 72.5, "#196 (also #54)"),
-    _card("RTX 4070 Ti SUPER", 16, 31.3, 92.7, 92.7, "#70 (also #71)"),
-    _card("RTX 4090", 24, 46.5, 162.4, 162.4, "database.md (also #78)"),
-    _card("RTX 5050", 8, 8.74, 24.5, 28.4, "#170"),
-    _card("RTX 5060", 8, 13.3, 41.3, 41.8, "#147 (also #128)"),
+    _card("RTX 4070 SUPER", 12, 22.8, 65.1, 72.5, "#196 (also #54)", gb_per_s=504),
+    _card("RTX 4070 Ti SUPER", 16, 31.3, 92.7, 92.7, "#70 (also #71)", gb_per_s=672),
+    _card("RTX 4090", 24, 46.5, 162.4, 162.4, "database.md (also #78)", gb_per_s=1008),
+    _card("RTX 5050", 8, 8.74, 24.5, 28.4, "#170", gb_per_s=320),
+    _card("RTX 5060", 8, 13.3, 41.3, 41.8, "#147 (also #128)", gb_per_s=448),
     _card("RTX 5060 Ti", 16, 15.9, 45.9, 46.1, "#129 (also #85 #134 #136 #163)", gb_per_s=448),
-    _card("RTX 5070", 12, 22.5, 62.0, 62.0, "#179 (also #101 #149 #178 #194)"),
-    _card("RTX 5070 Ti", 16, 28.3, 84.0, 85.3, "#172 (also #86)"),
-    _card("RTX 5080", 16, 33.6, 102.4, 102.9, "#104"),
+    _card("RTX 5070", 12, 22.5, 62.0, 62.0, "#179 (also #101 #149 #178 #194)", gb_per_s=672),
+    _card("RTX 5070 Ti", 16, 28.3, 84.0, 85.3, "#172 (also #86)", gb_per_s=896),
+    _card("RTX 5080", 16, 33.6, 102.4, 102.9, "#104", gb_per_s=960),
     _card("RTX 5090", 32, 56.8, 179.0, 178.9, "#200 (also database.md)", gb_per_s=1792),
-    _card("A100 40GB", 40, 17.6, 241.5, 234.1, "#108 (also database.md)"),
-    _card("A100 80GB", 80, 19.2, 258.7, 264.5, "database.md"),
+    _card("A100 40GB", 40, 17.6, 241.5, 234.1, "#108 (also database.md)", gb_per_s=1555),
+    _card("A100 80GB", 80, 19.2, 258.7, 264.5, "database.md", gb_per_s=2039),
     _card("H100 80GB", 80, None, 761.8, 789.2, "database.md", gb_per_s=3350),
-    _card("RTX PRO 6000", 96, 77.2, 315.5, 418.0, "database.md"),
-    _card("B200", 180, 66.2, 1627.6, 1696.0, "database.md"),
+    _card("H200", 141, None, 761.8, 789.2, "database.md, the row of the H100", gb_per_s=4800),
+    _card("RTX PRO 6000", 96, 77.2, 315.5, 418.0, "database.md", gb_per_s=1792),
+    _card("B200", 180, 66.2, 1627.6, 1696.0, "database.md", gb_per_s=8000),
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class Setup:
         chunk: rows of logits at a time; None: as `kernels/chunked_head.py` chooses.
         dtype: of the matmuls: "fp32", "bf16" or "fp16".
         device: "cuda" or "cpu".
+        residual: bytes an element of the residual stream; None: as the trainer's `auto`.
     """
 
     cfg: ModelConfig
@@ -38,6 +39,7 @@ class Setup:
     dtype: str = "bf16"
     device: str = "cuda"
     build: table.Build = table.TODAY
+    residual: int | None = None
 
 
 class Operators:
@@ -58,12 +60,12 @@ class Operators:
         self.a = BYTES[setup.dtype]  # bytes of an activation
         self.amp = self.a < 4
         self.weight = self.layout.weight
-        self.r = self.build.residual if self.amp and not self.cpu else 4
+        self.r = setup.residual or (2 if setup.dtype == "bf16" and not self.cpu else 4)
         self.square = B * cfg.n_head * T * T  # elements of the attention matrix
         self.dropout = cfg.dropout > 0
         # PyTorch's flash attention for the CPU has no dropout: the matrix is made as a whole
         self.matrix = self.cpu and self.dropout
-        self.saves = not self.policy.blocks  # what the forward makes is kept for the backward
+        self.saves = True  # what the forward makes is kept for the backward
         # of one sequence it reads v where it lies; of several it makes a copy
         self.keeps_v = self.matrix and B == 1 and not self.amp
         self.accumulates = setup.rows < setup.sequences
@@ -76,8 +78,7 @@ class Operators:
         }  # fmt: skip
         self.vocab = cfg.vocab_size * C
         # what the operators of a feed-forward see packed
-        self.packed = self.swiglu and (setup.build.packs_swiglu or self.cpu)
-        self.operator_mlp = not self.cpu or self.policy.mlp_save != "all"
+        self.packed = self.swiglu and setup.build.packs_swiglu
 
     # small words
 
@@ -181,17 +182,21 @@ class Operators:
             t.hold(key + ".q", "activations", a * n)
             t.touch((12 if self.amp else 8) * n if self.cpu else a * n)
             t.hold(key + ".k", "activations", a * n)
-        if self.matrix:
-            self._matrix_attention(key)
-        else:
-            t.hold(key + ".out", "activations", a * n)
-            t.hold(key + ".lse", "activations", 4 * self.tokens * self.cfg.n_head)
+        self.mix(key)
         if self.rope and not self.cpu and not self.build.rope_keeps_qkv:
             t.drop(key + ".q", key + ".k")  # written over the packed projection
         self._copy(layer, "proj", self.sizes["proj"])
         t.hold("attended", "activations", a * n)
         if self.matrix:
             t.drop(key + ".q", key + ".k", "" if self.keeps_v else key + ".qkv")
+
+    def mix(self, key: str) -> None:
+        """From queries, keys and values to what the heads attend to."""
+        if self.matrix:
+            self._matrix_attention(key)
+            return
+        self.tape.hold(key + ".out", "activations", self.a * self.n)
+        self.tape.hold(key + ".lse", "activations", 4 * self.tokens * self.cfg.n_head)
 
     def _matrix_attention(self, key: str) -> None:
         """PyTorch's plain attention, in fp32, as a CPU runs it beside dropout."""
@@ -223,6 +228,15 @@ class Operators:
         t.hold("dout", "activations", a * n)
         t.drop("dbranch", f"{layer}.copy.proj", key + ".out" if self.matrix else "")
         self._settle("proj")
+        self.mix_backward(key)
+        self._made("qkv")
+        t.hold("dy", "activations", a * n)
+        t.drop("dqkv", f"{layer}.copy.qkv", f"{layer}.ln1.y")
+        self._settle("qkv")
+
+    def mix_backward(self, key: str) -> None:
+        """From "dout" to "dqkv", packed."""
+        t, n, a = self.tape, self.n, self.a
         if self.matrix:
             square = 4 * self.square
             if self.amp:
@@ -247,10 +261,6 @@ class Operators:
                 t.touch((12 if self.amp else 8) * n)
             t.hold("dqkv", "activations", 3 * a * n)
             t.drop("dq, dk, dv")
-        self._made("qkv")
-        t.hold("dy", "activations", a * n)
-        t.drop("dqkv", f"{layer}.copy.qkv", f"{layer}.ln1.y")
-        self._settle("qkv")
 
     # feed-forward
 
@@ -259,17 +269,11 @@ class Operators:
         t, key, f, a = self.tape, f"{layer}.mlp", self.f, self.a
         up = self.sizes["up"] * (2 if self.swiglu else 1)
         pre = a * f * (2 if self.swiglu else 1)
-        if self.operator_mlp:
+        if not self.cpu:
             self._operator_copies(layer, up)
             t.hold(key + ".pre", "activations", pre)
-            if self.cpu and (self.amp or self.swiglu):
-                t.touch((8 if self.amp else 4) * f)
             t.hold(key + ".h", "activations", a * f)
-            if self.policy.mlp_save == "input":
-                t.drop(key + ".pre")
             t.hold("branch.new", "activations", a * self.n)
-            if self.policy.mlp_save != "all":
-                t.drop(key + ".h")
             return
         self._copy(layer, "up", up)
         t.hold(key + ".pre", "activations", a * f)
@@ -297,7 +301,7 @@ class Operators:
 
     def mlp_backward(self, layer: int) -> None:
         """From "dh", or "dbranch" where it differs, to "dy" of the norm before."""
-        if self.operator_mlp:
+        if not self.cpu:
             self._operator_mlp_backward(layer)
             return
         t, key, af = self.tape, f"{layer}.mlp", self.a * self.f
@@ -326,33 +330,15 @@ class Operators:
 
     def _operator_mlp_backward(self, layer: int) -> None:
         t, key, f, a = self.tape, f"{layer}.mlp", self.f, self.a
-        save = self.policy.mlp_save
-        pre = a * f * (2 if self.swiglu else 1)
-        if save == "all":
-            self._gradient("down")
-        t.hold("dhidden", "activations", a * f)
-        if save == "input":
-            t.hold(key + ".pre", "activations", pre)
-        if self.cpu:  # the formulas widen what the kernels hold in registers
-            wide = (20 if self.amp else 12) * f if self.swiglu else (12 if self.amp else 4) * f
-            if self.swiglu and not self.amp and save != "input":
-                wide += 4 * f  # two gradients, and then the packed one
-            t.touch(wide + a * f)  # beside what is recreated
-        if save != "input":
-            t.hold("dpre", "activations", pre)
-        if save != "all":
-            t.touch(a * self.sizes["down"])
-        t.drop("dhidden", key + ".h")
-        if save != "input":
-            t.drop(key + ".pre")
         up = self.sizes["up"] * (2 if self.swiglu else 1)
-        made = (up + (self.sizes["down"] if save != "all" else 0)) * a
-        t.hold("dweights", "activations", made)
+        pre = a * f * (2 if self.swiglu else 1)
+        self._gradient("down")
+        t.hold("dhidden", "activations", a * f)
+        t.hold("dpre", "activations", pre)
+        t.drop("dhidden", key + ".h", key + ".pre")
+        t.hold("dweights", "activations", a * up)
         t.hold("dy", "activations", a * self.n)
-        t.drop("dpre", key + ".pre", "dbranch", f"{layer}.copy.up", f"{layer}.copy.down")
-        if self.cpu or not self.policy.norms:
-            t.drop(f"{layer}.ln2.y")
+        t.drop("dpre", "dbranch", f"{layer}.copy.up", f"{layer}.copy.down", f"{layer}.ln2.y")
         t.drop("dweights")
-        for name in ("up", "up", "down") if self.swiglu else ("up", "down"):
-            if name != "down" or save != "all":
-                self._gradient(name)
+        for name in ("up", "up") if self.swiglu else ("up",):
+            self._gradient(name)

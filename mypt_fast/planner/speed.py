@@ -47,16 +47,28 @@ def tokens_per_s(setup: Setup, tflops: float, share: float, gb_per_s: float = 0.
         setup: the plan.
         tflops: matmul ceiling of the device in the plan's dtype.
         share: of the ceiling that a step of large micro-batches reaches.
-        gb_per_s: memory bandwidth; 0: the optimizer's and the head's traffic are left out.
+        gb_per_s: memory bandwidth; 0: `traffic` is left out.
     """
     cfg, tokens = setup.cfg, setup.sequences * setup.cfg.block_size
     work = accounting.flops_per_token(cfg) * (1 + recomputed_share(cfg, setup.policy)) * tokens
     rows = setup.rows * cfg.block_size
     seconds = work / (1e12 * tflops * share * saturation(rows))
     if gb_per_s:
-        moved = setup.layout.step_traffic * accounting.count_parameters(cfg).total
-        # every chunk of logits reads and writes the gradient of the output matrix, in fp32
-        chunks = -(-rows // chunk_rows(setup)) * setup.sequences / setup.rows
-        moved += 8.0 * cfg.vocab_size * cfg.n_embd * chunks
-        seconds += moved / (1e9 * gb_per_s * BANDWIDTH_SHARE)
+        seconds += traffic(setup) / (1e9 * gb_per_s * BANDWIDTH_SHARE)
     return tokens / seconds
+
+
+def traffic(setup: Setup) -> float:
+    """Bytes that a step moves besides its matmuls: what weighs where micro-batches are small."""
+    cfg, layout = setup.cfg, setup.layout
+    n = accounting.count_parameters(cfg)
+    micro_steps = setup.sequences / setup.rows
+    moved = layout.step_traffic * n.total
+    if micro_steps > 1:  # each one's gradient is written, read, and added to the sum
+        moved += micro_steps * n.total * (2 * 2 + 2 * layout.gradient)
+    if layout.weight == 4 and setup.dtype != "fp32":  # cast for every forward, and again behind it
+        casts = 2 if setup.policy.norms or setup.policy.blocks else 1
+        moved += micro_steps * casts * (4 + 2) * (n.attention + n.mlp)
+    # every chunk of logits reads and writes the gradient of the output matrix, in fp32
+    chunks = -(-setup.rows * cfg.block_size // chunk_rows(setup)) * micro_steps
+    return moved + 8.0 * cfg.vocab_size * cfg.n_embd * chunks

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from mypt_fast import accounting
 from mypt_fast.planner import table
-from mypt_fast.planner.operators import BYTES, Operators, Setup
+from mypt_fast.planner.operators import BYTES, Setup
+from mypt_fast.planner.remade import Remade
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def chunk_rows(setup: Setup) -> int:
     return -(-tokens // -(-tokens // rows))
 
 
-class Step(Operators):
+class Step(Remade):
     """Plays the scripts in the order of a step.
 
     Blocks in the middle are alike: one is played, the others are counted. What lives grows or
@@ -96,17 +97,14 @@ class Step(Operators):
                 kept = {part: now - before[part] for part, now in t.snapshot().items()}
                 self._count(kept, counted)
         self.saves = True
-        self.join(L, "ln_f", adds=True)
+        joins = not self.policy.blocks
+        self.join(L, "ln_f", adds=joins)
         t.drop("branch")
         self._head()
-        if self.policy.blocks:  # what autocast had cached goes with the forward
-            for layer in played:
-                t.drop(f"{layer}.copy.qkv", f"{layer}.copy.proj")
-                t.drop(f"{layer}.copy.up", f"{layer}.copy.down")
-            t.gain("weight_copies", -counted * kept.pop("weight_copies", 0.0))
         t.now = "backward"
         self._head_backward()
-        self.join_backward(L, "ln_f", adds=True, later=False)
+        self.join_backward(L, "ln_f", adds=joins, later=False)
+        t.drop(f"{L}.x")
         for layer in reversed(played):
             if layer == 1 and counted:
                 self._count(kept, -counted)
@@ -130,20 +128,25 @@ class Step(Operators):
 
     def _embed(self) -> None:
         if not self.rope:
-            self.tape.touch(2 * self.r * self.n)
+            self.tape.touch(2 * 4 * self.n)
+        self.tape.touch((4 + self.r) * self.n)
         if self.policy.blocks:
-            self._residual(0, "x1")
+            self.tape.hold("0.x", "activations", self.r * self.n)
         else:
-            self.tape.hold("0.ln1.h", "activations", self.r * self.n)
+            name = "0.sa.h" if self.policy.norms else "0.ln1.h"
+            self.tape.hold(name, "activations", self.r * self.n)
 
     def _embed_backward(self) -> None:
-        t, weight = self.tape, 4 if self.weight == 4 else 2
+        t = self.tape
+        if self.r != 4:
+            t.hold("dwide", "activations", 4 * self.n)
+            t.drop("dh", "dbranch")
         if not self.rope:
             self._gradient("position", self.cfg.block_size * self.cfg.n_embd)
-        t.hold("dembedding", "head", weight * self.vocab)
-        t.drop("dh", "dbranch")
+        t.hold("dembedding", "head", 4 * self.vocab)
+        t.drop("dh", "dbranch", "dwide")
         if self.cfg.tie_weights:
-            t.touch(weight * self.vocab)
+            t.touch(4 * self.vocab)
             t.drop("dhead")
         t.drop("dembedding")
         self._gradient("vocab", self.vocab)
@@ -151,7 +154,7 @@ class Step(Operators):
     def _head(self) -> None:
         t, V = self.tape, self.cfg.vocab_size
         t.now = "head"
-        if self.amp and self.weight == 4:
+        if self.amp:
             t.hold("head.copy", "head", self.a * self.vocab)
         t.hold("dy", "head", self.a * self.n)
         t.hold("dhead", "head", 4 * (self.vocab + V))
@@ -164,13 +167,8 @@ class Step(Operators):
         t.drop("logits", "head.copy", f"{self.cfg.n_layer}.ln_f.y")
 
     def _head_backward(self) -> None:
-        t = self.tape
-        if self.weight == 2:
-            t.touch(2 * self.vocab)
-            t.drop("dhead")
-            t.hold("dhead", "head", 2 * self.vocab)
         if not self.cfg.tie_weights:
-            t.drop("dhead")
+            self.tape.drop("dhead")
             self._gradient("vocab", self.vocab)
         self._gradient("vocab", self.cfg.vocab_size)
 
@@ -179,90 +177,68 @@ class Step(Operators):
     def _block(self, layer: int) -> None:
         t = self.tape
         if self.policy.blocks:
-            self._block_remade(layer)
+            self._block_again(layer)
+        elif self.policy.norms:
+            self.remade_attention(layer)
+            self.remade_mlp(layer)
         else:
-            self.join(layer, "ln1", adds=layer > 0)
-            self.attention(layer)
-            self._forget_norm(layer, "ln1")
-            self.join(layer, "ln2", adds=True)
-            t.drop("attended")
-            self.mlp(layer)
-            self._forget_norm(layer, "ln2")
-        t.drop("branch", "branch.new")
-        t.hold("branch", "activations", self.a * self.n)
+            self._plain(layer, adds=layer > 0)
+            t.drop("branch", "branch.new")
+            t.hold("branch", "activations", self.a * self.n)
 
-    def _forget_norm(self, layer: int, site: str) -> None:
-        if self.policy.norms:
-            self.tape.drop(f"{layer}.{site}.y")
+    def _plain(self, layer: int, *, adds: bool) -> None:
+        """Forward of a block that keeps everything."""
+        self.join(layer, "ln1", adds=adds)
+        self.attention(layer)
+        self.join(layer, "ln2", adds=True)
+        self.tape.drop("attended")
+        self.mlp(layer)
 
-    def _remake_norm(self, layer: int, site: str) -> None:
-        if self.policy.norms:
-            self.tape.hold(f"{layer}.{site}.y", "activations", self.a * self.n)
+    def _plain_backward(self, layer: int, *, adds: bool) -> None:
+        self.mlp_backward(layer)
+        self.join_backward(layer, "ln2", adds=True, later=True)
+        self.attention_backward(layer)
+        self.join_backward(layer, "ln1", adds=adds, later=True)
 
     def _block_backward(self, layer: int) -> None:
         if self.policy.blocks:
-            self._block_remade_backward(layer)
-            return
-        self._remake_norm(layer, "ln2")
-        self.mlp_backward(layer)
-        self.join_backward(layer, "ln2", adds=True, later=True)
-        self._remake_norm(layer, "ln1")
-        self.attention_backward(layer)
-        self.join_backward(layer, "ln1", adds=layer > 0, later=True)
+            self._block_again_backward(layer)
+        elif self.policy.norms:
+            self.remade_mlp_backward(layer)
+            self.remade_attention_backward(layer)
+        else:
+            self._plain_backward(layer, adds=layer > 0)
 
-    # blocks that are made again
+    # blocks that run again
 
-    def _residual(self, layer: int, site: str) -> None:
-        """Keep a residual stream: here, in host memory, or not at all where one a block is."""
-        kept = not (self.policy.offload or (site == "x2" and self.build.block_residuals == 1))
-        size = self.r * self.n if kept else 0
-        self.tape.hold(f"{layer}.{site}", "activations", size)
-
-    def _block_remade(self, layer: int) -> None:
+    def _block_again(self, layer: int) -> None:
         t = self.tape
-        if layer:
-            self.mask(f"{layer}.x1")
-            self._residual(layer, "x1")
-        self.join(layer, "ln1", adds=False)
-        self.attention(layer)
-        self._forget(layer, "sa", "ln1")
-        self.mask(f"{layer}.x2")
-        self._residual(layer, "x2")
-        self.join(layer, "ln2", adds=False)
-        self.mlp(layer)
-        self._forget(layer, "mlp", "ln2")
-        t.drop("attended")
+        self.saves = False
+        self._plain(layer, adds=False)
+        self._residual_mask(layer)
+        t.drop("branch.new", *[name for name in t.held() if name.startswith(f"{layer}.")])
+        t.hold(f"{layer + 1}.x", "activations", self.r * self.n)
+        if self.cpu or not self.policy.offload:  # else it waits in host memory
+            t.hold(f"{layer}.x", "activations", self.r * self.n)
 
-    def _forget(self, layer: int, *sites: str) -> None:
-        """Free what a part of a block made; autocast's copies of the weights stay cached."""
-        for site in sites:
-            names = ("y", "unit", "stats", "qkv", "q", "k", "out", "lse", "qk", "probabilities")
-            self.tape.drop(*(f"{layer}.{site}.{name}" for name in names))
-            self.tape.drop(*(f"{layer}.{site}.{x}" for x in ("noise", "dropped", "v")))
-            self.tape.drop(*(f"{layer}.{site}.{x}" for x in ("pre", "gate", "silu", "h")))
-        if "mlp" in sites and self.operator_mlp:
-            self.tape.drop(f"{layer}.copy.up", f"{layer}.copy.down")
+    def _residual_mask(self, layer: int) -> None:
+        """The last branch joins the stream: h + dropout(branch)."""
+        self.mask(f"{layer}.out")
+        self.tape.touch((self.a * self.dropout + self.r) * self.n)
 
-    def _block_remade_backward(self, layer: int) -> None:
-        t, n = self.tape, self.n
-        self.join(layer, "ln2", adds=False)
-        self.mlp(layer)
+    def _block_again_backward(self, layer: int) -> None:
+        t = self.tape
+        if self.policy.offload:  # it came back, and the one before it is coming
+            t.hold("coming", "activations", 2 * self.r * self.n)
+        self.saves = True
+        self._plain(layer, adds=False)
+        if self.dropout:
+            self._residual_mask(layer)
         t.drop("branch.new")
-        self.mlp_backward(layer)
-        self.join_backward(layer, "ln2", adds=False, later=True)
-        t.drop(f"{layer}.x2")
-        self._branch_gradient(layer, "x2")
-        self.join(layer, "ln1", adds=False)
-        self.attention(layer)
-        t.drop("attended")
-        self.attention_backward(layer)
-        self.join_backward(layer, "ln1", adds=False, later=True)
-        t.drop(f"{layer}.x1")
-        if layer:
-            self._branch_gradient(layer, "x1")
-        t.touch(2 * self.r * n if self.policy.offload else 0)
-
-    def _branch_gradient(self, layer: int, site: str) -> None:
-        if self.amp or self.dropout:
-            self.tape.hold("dbranch", "activations", self.a * self.n)
-        self.tape.drop(f"{layer}.{site}.mask")
+        if self.amp or self.dropout:  # the branch's own gradient: rounded, or through the dropout
+            t.hold("dbranch", "activations", self.a * self.n)
+            if self.cpu and self.amp and self.dropout:
+                t.touch(self.a * self.n)
+        t.drop(f"{layer}.out.mask")
+        self._plain_backward(layer, adds=False)
+        t.drop(f"{layer}.x", "coming")

@@ -60,10 +60,11 @@ class Policy:
     """What the backward makes again.
 
     Attributes:
-        mlp_save: what a feed-forward keeps, `save` of `kernels/mlp.py`.
-        norms: whether the outputs of the norms are made again.
-        blocks: whether each block is made again from its residuals.
-        offload: whether those residuals wait in host memory.
+        mlp_save: what a feed-forward keeps: "all", "gate_up" (its first product) or "input".
+        norms: whether norms, activations, 16-bit copies of weights and residual dropout's masks
+            are made again.
+        blocks: whether each block runs again from the residual stream before it.
+        offload: whether that stream waits in host memory.
     """
 
     name: str
@@ -81,7 +82,7 @@ POLICIES = {
         Policy("none", "everything is kept"),
         Policy("norms", "norms and activations are made again", "gate_up", norms=True),
         Policy("mlp", "the feed-forward's first matmul, too", "input", norms=True),
-        Policy("block", "every block is made again from its residuals", blocks=True),
+        Policy("block", "every block runs again", blocks=True),
         Policy("offload", "as block, residuals in host memory", blocks=True, offload=True),
     )
 }
@@ -89,30 +90,25 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Build:
-    """What the model of a build keeps; the fields that others may improve.
+    """What a GPU keeps where nothing is made again.
 
     Attributes:
-        residual: bytes an element of the residual stream under mixed precision.
         weight_copies: whether 16-bit copies of fp32 weights live from the forward to the backward.
         packs_swiglu: whether the feed-forward copies its gate and up weights into one matrix.
         rope_keeps_qkv: whether v stays a view of the packed projection, which then stays whole
             beside the rotated q and k.
-        block_residuals: residual streams a block keeps when it is made again.
-        dropout_masks: whether residual dropout on a GPU keeps its mask, a byte an element; drawn
-            from a seed in the norm's kernel it keeps none.
+        dropout_masks: whether residual dropout keeps its mask, a byte an element.
     """
 
-    residual: int = 4
     weight_copies: bool = True
     packs_swiglu: bool = True
     rope_keeps_qkv: bool = True
-    block_residuals: int = 2
     dropout_masks: bool = True
 
 
 TODAY = Build()
 # what the table of simulated peaks assumed (docs/decisions.md)
-LEAN = Build(2, False, False, False, 1, False)
+LEAN = Build(False, False, False, False)
 
 # On a GPU, besides what the allocator hands out: context, cuBLAS workspaces, Triton modules.
 CONTEXT_BYTES = GIB // 2

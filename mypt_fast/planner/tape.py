@@ -45,12 +45,9 @@ class Tape:
             self.live[part] -= size
             self.total -= size
 
-    def move(self, name: str, part: str) -> None:
-        """Count a piece under another part from here on."""
-        old, size = self._held[name]
-        self._held[name] = (part, size)
-        self.live[old] -= size
-        self.live[part] += size
+    def held(self) -> list[str]:
+        """Names of the pieces that live."""
+        return list(self._held)
 
     def snapshot(self) -> dict[str, float]:
         """What lives now, by part."""

@@ -93,7 +93,8 @@ class Precision:
         """Context of the forward pass."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        # a weight is read once in a forward: a cache of casts would only keep them all
+        return torch.autocast(self.device_type, dtype=self.dtype, cache_enabled=False)
 
 
 def precision(

@@ -1,14 +1,16 @@
 """Bytes of live tensors of a real training step on a CPU, seen from below autograd."""
 
-import contextlib
 import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from mypt_fast.config import TrainConfig
 from mypt_fast.kernels import _operator
 from mypt_fast.model import GPT
+from mypt_fast.training.device import Precision
+from mypt_fast.training.optim import clip, make_optimizer
 
 
 class LiveBytes(TorchDispatchMode):
@@ -39,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def tracked_step(cfg, *, bf16, mlp_save="all", micro_steps=1, monkeypatch):
+def tracked_step(cfg, *, bf16, policy="none", layout="exact", micro_steps=1, monkeypatch):
     """(bytes of weights and moments, peak bytes) of the second step of a model.
 
     The operators take the path that they take with nobody looking on: behind it the tracker sees
@@ -47,24 +49,26 @@ def tracked_step(cfg, *, bf16, mlp_save="all", micro_steps=1, monkeypatch):
     """
     monkeypatch.setattr(_operator, "observed", lambda: False)
     torch.manual_seed(0)
-    model = GPT(cfg, seed=0, mlp_save=mlp_save).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model = GPT(cfg, seed=0, recompute=policy).train()
+    optimizer = make_optimizer(model, TrainConfig(state=layout))
     idx = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size))
+    precision = Precision(torch.bfloat16 if bf16 else torch.float32, False, "cpu")
 
     def step():
         for _ in range(micro_steps):
-            on = torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
-            with on:
+            with precision.autocast():
                 loss = model(idx, idx) / idx.numel()
             loss.backward()
             del loss
+        clip(optimizer, model, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     step()  # the moments exist after it
     live = LiveBytes()
     states = [t for state in optimizer.state.values() for t in state.values()]
-    for tensor in (*model.parameters(), *model.buffers(), *states):
+    rest = getattr(optimizer, "remainders", {}).values()
+    for tensor in (*model.parameters(), *model.buffers(), *states, *rest):
         live.add(tensor)
     fixed = live.now
     with live:
