@@ -31,7 +31,7 @@ class ModelConfig:
         0.2, "probability of dropping an activation in training", lo=0.0, below=1.0
     )
     bias: bool = arch(False, "biases in the attention projections")
-    use_checkpoint: bool = opt(False, "recompute each block's activations in the backward pass")
+    use_checkpoint: bool = opt(False, "as --recompute block, which is newer and goes first")
     device: str | None = opt(None, "cpu, cuda or cuda:N; default: the GPU where there is one")
     use_loss_mask: bool = opt(False, "weigh the loss by the dataset's masks")
     tie_weights: bool = arch(False, "share the embedding and the output matrix")
@@ -178,14 +178,34 @@ class TrainConfig:
     weight_decay: float = opt(0.1, "AdamW decay of matrices", lo=0.0)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 is off", lo=0.0)
     grad_accum_steps: int = opt(1, "batches per optimizer step", lo=1, hi=1 << 20)
-    micro_batch_size: int = opt(0, "sequences per forward; 0: the largest that fits memory", lo=0)
+    micro_batch_size: int = opt(0, "sequences per forward; 0: as planned, what fits memory", lo=0)
     use_amp: bool = opt(True, "mixed precision where the device has it natively")
     amp_dtype: str = opt("bf16", "mixed precision dtype", choices=("bf16", "fp16"))
+    plan: str = opt(
+        "auto",
+        "auto: on a GPU, state, recompute, chunk_rows and micro_batch_size that are not given are "
+        "chosen as `mypt-fast plan` does; off: exact, nothing made again, one forward a batch",
+        choices=("auto", "off"),
+    )
     state: str = opt(
-        "exact",
+        "auto",
         "weights, gradients and moments; exact: fp32; exact16: weights as bf16 and a 16-bit rest "
-        "of the same fp32 values; fast: that, bf16 gradients and 8-bit moments, not exact",
-        choices=("exact", "exact16", "fast"),
+        "of the same fp32 values; fast: that, bf16 gradients and 8-bit moments, not exact; "
+        "auto: as planned, exact on a CPU",
+        choices=("auto", "exact", "exact16", "fast"),
+    )
+    recompute: str = opt(
+        "auto",
+        "what the backward makes again to save memory; norms: norms and activations; mlp: the "
+        "first matmul of the feed-forward, too; block: every block; offload: that, from residuals "
+        "in host memory; auto: block with use_checkpoint, else as planned",
+        choices=("auto", "none", "norms", "mlp", "block", "offload"),
+    )
+    chunk_rows: int = opt(0, "rows of logits at a time; 0: as planned", lo=0, hi=1 << 20)
+    residual_dtype: str = opt(
+        "auto",
+        "residual stream under bf16 mixed precision; auto: bf16 on a GPU, fp32 on a CPU",
+        choices=("auto", "fp32", "bf16"),
     )
     compile: str = opt("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
     kernels: str = opt(

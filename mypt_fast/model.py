@@ -201,7 +201,10 @@ class GPT(nn.Module):
             if place.positions is None:
                 tables = (tables[0][here], tables[1][here])
             place.rope = tables
-        return x if self.residual is None else x.to(self.residual), place
+        # outside autocast the matmuls are of the weights' dtype, and so is the stream
+        if self.residual is not None and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual)
+        return x, place
 
 
 def decays(name: str, dims: int) -> bool:

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             or "OutOfMemory" in type(e).__name__
             or "can't allocate" in str(e)
         ):
-            cure = "lower --micro_batch_size or --batch_size, or pass --use_checkpoint"
+            cure = "lower --micro_batch_size or --batch_size, or pass --recompute block"
             return _fail(
                 f"out of memory; {str(e).splitlines()[0] if str(e) else ''}; {cure}", 2, debug
             )

@@ -1,16 +1,13 @@
 """`mypt-fast plan`: what training a model needs, and about how fast it is, before it starts."""
 
 import argparse
-import dataclasses
 import json
-import math
 import re
 from typing import Any
 
 from mypt_fast import accounting, console, presets
-from mypt_fast.config import TrainConfig
-from mypt_fast.errors import ConfigError, MyptError
-from mypt_fast.planner import cards, ceiling, search, step, table
+from mypt_fast.errors import ConfigError
+from mypt_fast.planner import advice, cards, ceiling, search, step, table
 from mypt_fast.schema import not_among
 
 HELP = "predict memory and speed of training, without a GPU"
@@ -44,27 +41,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan; returns the exit code."""
     device = the_device(args.gpu, args.vram)
-    able = search.able()
-    choices = dataclasses.replace(
-        able,
-        layouts=_only("--state", args.state, able.layouts, table.SEARCHED_LAYOUTS),
-        policies=_only("--recompute", args.recompute, able.policies, tuple(table.POLICIES)),
-    )
+    able = search.Able()
+    typed = {"state": args.state, "recompute": args.recompute}
+    check("--state", args.state, able.layouts)
+    check("--recompute", args.recompute, able.policies)
     if args.config_file is None:
         loaded = [presets.load(path) for path in presets.shipped()]
-        rows = [_ranked(preset, device, choices) for preset in loaded]
+        rows = [_ranked(preset, device, typed) for preset in loaded]
         rows.sort(key=lambda row: (-row["fits"], -row["parameters"], row["config"]))
         report = {"device": described(device), "presets": rows}
         text = ranking_lines(device, rows)
     else:
         preset = presets.load(args.config_file)
-        plans = _search(preset, device, choices, bool(args.recompute))
+        choices = choices_for(preset, typed)
+        plans = _search(preset, device, choices)
         report = report_of(preset, device, plans)
         text = [] if args.json and not plans[0].fits else plan_lines(preset, device, plans)
         if not plans[0].fits:
             if args.json:
                 print(json.dumps(report, indent=2))
-            raise does_not_fit(preset, device, plans, choices)
+            raise advice.does_not_fit(
+                preset.path.stem, preset.model, sequences_of(preset), device, plans, choices,
+                residual_of(preset),
+            )  # fmt: skip
     print(json.dumps(report, indent=2) if args.json else "\n".join(text))
     return 0
 
@@ -95,69 +94,44 @@ def parse_size(text: str) -> int:
     return int(size * table.GIB)
 
 
-def _only(
-    flag: str, wanted: str | None, able: tuple[str, ...], known: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The names to search; raises ConfigError for one that is unknown or not in this build."""
-    if wanted is None or wanted in able:
-        return able if wanted is None else (wanted,)
-    if wanted in known:
-        raise ConfigError(
-            f"{flag} {wanted}: this build cannot train that way",
-            f"it can {', '.join(able)}", f"drop {flag}, or name one of them",
-        )  # fmt: skip
-    raise ConfigError(f"{flag}: {not_among(wanted, able)}")
+def check(flag: str, wanted: str | None, able: tuple[str, ...]) -> None:
+    """Raise ConfigError for a name that is unknown."""
+    if wanted is not None and wanted not in able:
+        raise ConfigError(f"{flag}: {not_among(wanted, able)}")
+
+
+def choices_for(preset: presets.Preset, typed: dict[str, str | None]) -> search.Able:
+    """What may be chosen: a flag goes before what the preset fixes."""
+    able, train = search.Able(), preset.train
+    state = typed["state"] or train.state
+    policy = typed["recompute"] or train.recompute
+    if policy == "auto" and preset.model.use_checkpoint:
+        policy = "block"
+    chunks = (train.chunk_rows,) if train.chunk_rows else able.chunks
+    return search.Able(
+        able.layouts if state == "auto" else (state,),
+        able.policies if policy == "auto" else (policy,),
+        chunks,
+        train.micro_batch_size or None,
+    )
+
+
+def residual_of(preset: presets.Preset) -> int | None:
+    """Bytes an element of the residual stream, where the preset says."""
+    return 4 if preset.train.residual_dtype == "fp32" else None
 
 
 def _search(
-    preset: presets.Preset, device: search.Device, choices: search.Able, typed: bool = False
+    preset: presets.Preset, device: search.Device, choices: search.Able
 ) -> list[search.Plan]:
-    if preset.model.use_checkpoint and not typed:  # the config asks for it
-        remade = tuple(p for p in choices.policies if table.POLICIES[p].blocks)
-        choices = dataclasses.replace(choices, policies=remade or choices.policies)
-    return search.search(preset.model, sequences_of(preset), device, choices)
+    return search.search(
+        preset.model, sequences_of(preset), device, choices, residual=residual_of(preset)
+    )
 
 
 def sequences_of(preset: presets.Preset) -> int:
     """Sequences of a step."""
     return preset.model.batch_size * preset.train.grad_accum_steps
-
-
-def does_not_fit(
-    preset: presets.Preset, device: search.Device, plans: list[search.Plan], choices: search.Able
-) -> MyptError:
-    """The error of a model that cannot be trained on the device, with the smallest change."""
-    able, least = search.able(), plans[0]
-    change = ""
-    if choices != able:
-        wider = _search(preset, device, able)
-        if wider[0].fits:
-            change = f"{flags_of(wider[0])} would fit"
-    change = change or search.smaller_model(preset.model, sequences_of(preset), device, able)
-    need = nominal_gib(least.peak.total)
-    return ConfigError(
-        f"{preset.path.stem} does not fit {console.bytes_text(device.room)}",
-        f"the leanest plan ({flags_of(least)}) needs {console.bytes_text(least.peak.total)}",
-        f"{change}; so would a card of {need} GB" if change else f"it takes a card of {need} GB",
-    )
-
-
-def nominal_gib(total: int) -> int:
-    """The card, in whole GiB, that has room for so many bytes."""
-    return math.ceil(total / (1 - table.DRIVER_SHARE) / (1 - table.MARGIN_SHARE) / table.GIB)
-
-
-def flags_of(plan: search.Plan) -> str:
-    """What to type after `train --config ...` for a plan."""
-    s = plan.setup
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    words = [f"--state {s.layout.name}"] if "state" in names else []
-    if "recompute" in names:
-        words.append(f"--recompute {s.policy.name}")
-    elif s.policy.blocks:
-        words.append("--use_checkpoint")
-    words.append(f"--micro_batch_size {s.rows}")
-    return " ".join([*words, f"--chunk_rows {s.chunk}"] if s.chunk else words)
 
 
 # what people and machines read
@@ -183,7 +157,7 @@ def plan_dict(plan: search.Plan, device: search.Device) -> dict[str, Any]:
         "exact": plan.exact, "fits": plan.fits, "peak_bytes": plan.peak.total,
         "parts_bytes": parts, "peak_in": plan.peak.when,
         "tokens_per_s": plan.tokens_per_s if device.tflops else None,
-        "flags": flags_of(plan),
+        "flags": advice.flags_of(plan),
     }  # fmt: skip
 
 
@@ -219,7 +193,7 @@ def plan_lines(
         f"model   {report['config']}: {count(report['parameters'])} parameters, "
         f"{sequences_of(preset)} sequences = {report['tokens_per_step']:,} tokens a step",
         f"card    {where}{size(device.room)} for training, {device.dtype}",
-        f"plan    {flags_of(best)}",
+        f"plan    {advice.flags_of(best)}",
         f"memory  {size(best.peak.total)}, most of it in the {best.peak.when}; in GiB:",
         f"        {listed}",
         f"speed   {_speed(device, best, report)}",
@@ -268,8 +242,10 @@ def shown_rate(rate: float, width: int) -> str:
     return f"{'< ' if width < NARROW else ''}{console.count(rate)}"
 
 
-def _ranked(preset: presets.Preset, device: search.Device, choices: search.Able) -> dict[str, Any]:
-    plans = _search(preset, device, choices)
+def _ranked(
+    preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
+) -> dict[str, Any]:
+    plans = _search(preset, device, choices_for(preset, typed))
     report = report_of(preset, device, plans)
     best = report.pop("plans")[0]
     report.pop("device")

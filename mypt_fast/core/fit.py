@@ -217,6 +217,7 @@ def _settings(
 def _run(model: GPT, settings: Settings) -> Run:
     """A run without data; what `open_run` opens, the caller has."""
     from mypt_fast.training import device as devices
+    from mypt_fast.training.memory import MemoryPlan
     from mypt_fast.training.eval_prompts import read_prompts
     from mypt_fast.training.run import Run
 
@@ -233,8 +234,10 @@ def _run(model: GPT, settings: Settings) -> Run:
         f"fit: {settings.global_batch} sequences of {settings.model.block_size} tokens a step, "
         f"{precision.name} on {device}"
     )
+    settings.train.state = "exact"  # the optimizer is the caller's
+    plan = MemoryPlan(settings.model.batch_size)
     return Run(
-        settings, device, precision, tokenizer, [], {}, settings.model.batch_size, "", 0, 0, 0,
+        settings, device, precision, tokenizer, [], {}, plan, "", 0, 0, 0,
         prompts=prompts, how_to_continue="run the script again to continue", mypt_words=True,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ OLD = 0.6
 CARDS = (
     _card("T4", 16, 4.17, 41.9, 2.46, "database.md", visible=14.74, share=OLD, gb_per_s=320),
     _card("V100S", 32, 13.6, 88.9, 9.85, "database.md", share=OLD, gb_per_s=1134),
-    _card("V100", 16, 13.6, 88.9, 9.85, "database.md, the row of the V100S", share=OLD, gb_per_s=900),
+    _card("V100", 16, 13.6, 88.9, 9.85, "database.md, of the V100S", share=OLD, gb_per_s=900),
     _card("RTX 2080", 8, 9.23, 39.0, 5.14, "database.md", share=OLD, gb_per_s=448),
     _card("RTX 3080 Ti", 12, 24.4, 75.6, 76.5, "database.md", gb_per_s=912),
     _card("RTX 3090", 24, 24.5, 75.6, 76.3, "database.md", gb_per_s=936),
@@ -81,7 +81,7 @@ CARDS = (
     _card("A100 40GB", 40, 17.6, 241.5, 234.1, "#108 (also database.md)", gb_per_s=1555),
     _card("A100 80GB", 80, 19.2, 258.7, 264.5, "database.md", gb_per_s=2039),
     _card("H100 80GB", 80, None, 761.8, 789.2, "database.md", gb_per_s=3350),
-    _card("H200", 141, None, 761.8, 789.2, "database.md, the row of the H100", gb_per_s=4800),
+    _card("H200", 141, None, 761.8, 789.2, "database.md, of the H100", gb_per_s=4800),
     _card("RTX PRO 6000", 96, 77.2, 315.5, 418.0, "database.md", gb_per_s=1792),
     _card("B200", 180, 66.2, 1627.6, 1696.0, "database.md", gb_per_s=8000),
 )  # fmt: skip

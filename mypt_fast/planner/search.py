@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mypt_fast.config import ModelConfig, TrainConfig
+from mypt_fast.config import ModelConfig
 from mypt_fast.planner import speed, table
 from mypt_fast.planner.cards import Card
 from mypt_fast.planner.operators import Setup
@@ -63,27 +63,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Able:
-    """What may be chosen: all there is, or what the trainer of this build can run.
+    """What may be chosen; by default everything.
 
     Attributes:
         chunks: rows of a chunk of logits; None: as the head chooses.
+        rows: sequences of a forward where they are not to be chosen.
     """
 
     layouts: tuple[str, ...] = table.SEARCHED_LAYOUTS
     policies: tuple[str, ...] = tuple(table.POLICIES)
     chunks: tuple[int | None, ...] = (None, *table.CHUNK_ROWS[1:])
-
-
-def able() -> Able:
-    """What this build can run, read off the trainer's settings `state`, `recompute`, `chunk_rows`.
-
-    Without them it knows the fp32 layout, `use_checkpoint`, which is "block", and one height.
-    """
-    choices = {f.name: f.metadata.get("choices") or () for f in dataclasses.fields(TrainConfig)}
-    layouts = [name for name in table.SEARCHED_LAYOUTS if name in choices.get("state", ())]
-    policies = [name for name in table.POLICIES if name in choices.get("recompute", ())]
-    chunks = Able().chunks if "chunk_rows" in choices else (None,)
-    return Able(tuple(layouts) or ("exact",), tuple(policies) or ("none", "block"), chunks)
+    rows: int | None = None
 
 
 def device_for(card: Card | None, vram: int | None, measured: dict[str, float] | None) -> Device:
@@ -129,6 +119,7 @@ def search(
     device: Device,
     choices: Able,
     build: table.Build = table.TODAY,
+    residual: int | None = None,
 ) -> list[Plan]:
     """The best plan of every layout and policy, best first; those that do not fit last.
 
@@ -138,15 +129,16 @@ def search(
         device: what it is for.
         choices: what to choose from.
         build: what the operators keep.
+        residual: bytes an element of the residual stream, as `Setup` takes it.
     """
-    base = Setup(cfg, 1, sequences, dtype=device.dtype, build=build)
+    base = Setup(cfg, 1, sequences, dtype=device.dtype, build=build, residual=residual)
     plans = []
     for layout in choices.layouts:
         for policy in choices.policies:
             setup = dataclasses.replace(
                 base, layout=table.LAYOUTS[layout], policy=table.POLICIES[policy]
             )
-            plans.append(max(_chunked(setup, device, choices.chunks), key=_rank))
+            plans.append(max(_chunked(setup, device, choices), key=_rank))
     return sorted(plans, key=_rank, reverse=True)
 
 
@@ -156,11 +148,11 @@ def _rank(plan: Plan) -> tuple[bool, bool, float, int]:
     return (True, plan.exact, round(plan.tokens_per_s, 9), -plan.peak.total)
 
 
-def _chunked(setup: Setup, device: Device, chunks: Sequence[int | None]) -> Iterator[Plan]:
+def _chunked(setup: Setup, device: Device, choices: Able) -> Iterator[Plan]:
     """The largest micro-batch that fits, for every height of the chunks of logits."""
-    for chunk in chunks:
+    for chunk in choices.chunks:
         with_chunk = dataclasses.replace(setup, chunk=chunk)
-        splits = micro_batches(setup.cfg, setup.sequences)
+        splits = [choices.rows] if choices.rows else micro_batches(setup.cfg, setup.sequences)
         best = evaluate(dataclasses.replace(with_chunk, rows=splits[0]), device)
         low, high = 0, len(splits) - 1
         while best.fits and low < high:
@@ -178,11 +170,12 @@ def smaller_model(
     device: Device,
     choices: Able,
     build: table.Build = table.TODAY,
+    residual: int | None = None,
 ) -> str:
     """The smallest change of a model that does not fit, in words; "" where none would help."""
 
     def fits(changed: ModelConfig) -> bool:
-        return search(changed, sequences, device, choices, build)[0].fits
+        return search(changed, sequences, device, choices, build, residual)[0].fits
 
     for layers in _some(range(cfg.n_layer - 1, 0, -1)):
         if fits(dataclasses.replace(cfg, n_layer=layers)):

@@ -22,7 +22,7 @@ from mypt_fast.model import GPT
 from mypt_fast.training.borrowed_selection import BorrowedSelection
 from mypt_fast.training.events import EventLog, NoLog
 from mypt_fast.training.gold import from_selection_file
-from mypt_fast.training.memory import saved_micro_batch
+from mypt_fast.training.memory import saved_plan
 from mypt_fast.training.parts import Parts
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import learning_rate
@@ -160,7 +160,7 @@ def go_on(run: Run, parts: Parts, start_step: int, peak_given: bool) -> None:
     if not peak_given:
         now = parts.optimizer.param_groups[0]["lr"]
         run.settings.train.learning_rate = _peak(state, start_step, now)
-    run.micro_batch = saved_micro_batch(run.settings) or run.micro_batch
+    run.plan.micro_batch = saved_plan(run.settings).get("micro_batch", run.plan.micro_batch)
     try:
         store.restore_state({**manifest, "data": _by_phase(run, manifest["data"])})
     except (KeyError, TypeError, ValueError) as e:

@@ -127,7 +127,7 @@ def for_state(state: str, found: Precision, use_amp: bool) -> tuple[str, Precisi
     Raises:
         ConfigError: where mixed precision is off.
     """
-    if state == "exact" or found.dtype is torch.bfloat16:
+    if state in ("auto", "exact") or found.dtype is torch.bfloat16:
         return state, found, None
     if not use_amp:
         raise ConfigError(
@@ -139,6 +139,21 @@ def for_state(state: str, found: Precision, use_amp: bool) -> tuple[str, Precisi
         return "exact", found, f"state {state} needs bf16, and this run computes in fp16: exact"
     note = f"state {state} computes in bf16, which this CPU emulates"
     return state, Precision(torch.bfloat16, False, found.device_type), note
+
+
+def residual_dtype(wanted: str, found: Precision) -> torch.dtype | None:
+    """Dtype of the residual stream where it is not that of the embeddings, fp32.
+
+    Raises:
+        ConfigError: for bf16 beside another precision.
+    """
+    bf16 = found.dtype is torch.bfloat16
+    if wanted == "bf16" and not bf16:
+        raise ConfigError(
+            "--residual_dtype bf16 is for bf16 mixed precision", f"found {found.name}", "drop it"
+        )
+    narrow = wanted == "bf16" or (wanted == "auto" and bf16 and found.device_type == "cuda")
+    return torch.bfloat16 if narrow else None
 
 
 def check_kernels(impl: str, device: torch.device, precision: Precision) -> None:

@@ -62,7 +62,13 @@ class Journal:
                 "amp_dtype": precision,
                 **self.sources,
                 "gold_selection": tc.to_dict()["gold_selection"],
-                "micro_batch_size": self.run.micro_batch,
+                "micro_batch_size": self.run.plan.micro_batch,
+                "plan": {
+                    "state": self.run.plan.state,
+                    "recompute": self.run.plan.recompute,
+                    "chunk_rows": self.run.plan.chunk_rows,
+                    "predicted": self.run.plan.predicted and self.run.plan.predicted.parts,
+                },
                 "seed": tc.seed,
                 "documents": tc.documents,
             },
@@ -86,6 +92,18 @@ class Journal:
             lr=lr,
             grad_norm=loss6(norm),
             tokens_per_sec=round(self.tokens_per_step / seconds),
+        )
+
+    def plan_checked(self, step: int, predicted: int, measured: int) -> None:
+        """Log the peak of a step beside the one that was planned, both of tensors, in bytes."""
+        self.log.write(
+            "plan_check", iter=step, predicted_bytes=predicted, measured_bytes=measured,
+            ratio=round(measured / predicted, 4),
+        )  # fmt: skip
+        size = console.bytes_text
+        console.say(
+            f"memory  peak {size(measured)}, predicted {size(predicted)} "
+            f"({100 * (measured / predicted - 1):+.1f} %)"
         )
 
     # what went wrong; `samples` are the global samples [first, end) of the step

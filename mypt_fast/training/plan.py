@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -15,6 +16,13 @@ from mypt_fast.training.run import Run
 # faster the matmul, the more the rest weighs).
 MODEL_SHARE = {torch.float32: 0.6, torch.bfloat16: 0.3, torch.float16: 0.3}
 
+# What the start line says of a recompute policy.
+AGAIN = {
+    "norms": "norms and activations made again",
+    "mlp": "norms, activations and first matmuls made again",
+    "block": "blocks run again",
+    "offload": "blocks run again from host memory",
+}
 # How the start line names a state layout; `exact` is the one nobody has to be told of.
 STATES = {
     "exact16": "state exact16",
@@ -47,6 +55,18 @@ def evaluation_work(run: Run, start_step: int) -> float:
     return (during * sum(per_set) + final) * s.model.block_size / 3
 
 
+def predicted_bytes(run: Run) -> int:
+    """Peak memory of a step: as planned, else as estimated."""
+    if run.plan.predicted is not None:
+        return run.plan.predicted.total
+    cfg = dataclasses.replace(
+        run.settings.model, use_checkpoint=run.plan.recompute in ("block", "offload")
+    )
+    return accounting.training_bytes(
+        cfg, run.plan.micro_batch, attention_matrix=run.device.type == "cpu", state=run.plan.state
+    )
+
+
 def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     """The plan of a run as people read it."""
     s, cfg, train = run.settings, run.settings.model, run.settings.train
@@ -54,17 +74,14 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     speed = estimated_tokens_per_s(run)
     work = max(0, train.max_iters - start_step) * tokens_per_step + evaluation_work(run, start_step)
     passes = train.max_iters * tokens_per_step / run.train_tokens
-    micro_steps = math.ceil(s.global_batch / run.micro_batch)
+    micro_steps = math.ceil(s.global_batch / run.plan.micro_batch)
     parameters = console.count(accounting.count_parameters(cfg).total)
     ways = [run.precision.name, "compiled" if compiled else "eager"]
     ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, compiled))
     ways += [STATES[train.state]] if train.state in STATES else []
-    ways += ["activations recomputed"] if cfg.use_checkpoint else []
-    needed = accounting.training_bytes(
-        cfg, run.micro_batch, attention_matrix=run.device.type == "cpu", state=train.state
-    )
+    ways += [AGAIN[run.plan.recompute]] if run.plan.recompute in AGAIN else []
     resumed = " (resumed)" if s.resume else ""
-    count = console.count
+    count, size = console.count, console.bytes_text
     return [
         f"run     {s.model_name}: steps {start_step} to {train.max_iters} in {s.run_dir}{resumed}",
         f"model   {parameters} parameters: {cfg.n_layer} layers x {cfg.n_embd}, context "
@@ -72,9 +89,9 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
         f"data    {run.phases[0].source}: {count(run.train_tokens)} train and "
         f"{count(run.val_tokens)} val tokens; {passes:.2g} passes over it",
         f"batch   {s.global_batch} sequences = {tokens_per_step:,} tokens a step, in "
-        f"{micro_steps} micro-step(s) of {run.micro_batch}",
+        f"{micro_steps} micro-step(s) of {run.plan.micro_batch}",
         f"device  {devices.describe(run.device)}: {', '.join(ways)}; {run.loader_note}",
-        f"memory  about {console.bytes_text(needed)} of {console.bytes_text(run.free_bytes)} free",
+        f"memory  about {size(predicted_bytes(run))} of {size(run.free_bytes)} free",
         f"time    about {console.span(work / speed)} at {count(speed)} tokens/s with evaluations, "
         "guessed from a matmul",
     ]

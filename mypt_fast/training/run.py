@@ -14,7 +14,7 @@ from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import device as devices
 from mypt_fast.training.borrowed import Source
 from mypt_fast.training.eval_prompts import read_prompts
-from mypt_fast.training.memory import choose_micro_batch
+from mypt_fast.training.memory import MemoryPlan, choose_plan
 from mypt_fast.training.sources import DataOpener, Phase
 
 
@@ -28,7 +28,7 @@ class Run:
     tokenizer: Tokenizer
     phases: list[Phase]
     eval_sets: dict[str, Source]
-    micro_batch: int
+    plan: MemoryPlan
     loader_note: str
     train_tokens: int
     val_tokens: int
@@ -98,7 +98,12 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         settings.train.state, precision, settings.train.use_amp
     )
     devices.check_kernels(settings.train.kernels, device, precision)
-    notices = [n for n in (note, amp_note, state_note, layout_notice(settings)) if n]
+    devices.residual_dtype(settings.train.residual_dtype, precision)
+    free = devices.free_bytes(device)
+    notices = [n for n in (note, amp_note, state_note) if n]
+    memory = choose_plan(settings, device, precision, free, notices)
+    settings.train.state = memory.state
+    notices += [n for n in (layout_notice(settings),) if n]
     opener = DataOpener(settings, notices, progress, device)
     tokenizer, phases, train_tokens, val_tokens = opener.open()
     eval_sets: dict[str, Source] = {**opener.eval_sets(tokenizer)}
@@ -106,7 +111,6 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     if settings.train.eval_prompts_file:
         prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
     notices += gate_notice(settings)
-    free = devices.free_bytes(device)
     return Run(
         settings=settings,
         device=device,
@@ -114,7 +118,7 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         tokenizer=tokenizer,
         phases=phases,
         eval_sets=eval_sets,
-        micro_batch=choose_micro_batch(settings, precision, free, notices),
+        plan=memory,
         loader_note=opener.loader_note,
         train_tokens=train_tokens,
         val_tokens=val_tokens,

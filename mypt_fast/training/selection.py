@@ -87,7 +87,7 @@ class Selection:
     @property
     def rows(self) -> int:
         """Sequences a forward: without gradients twice a micro-batch fits, until it did not."""
-        rows = min(2 * self.run.micro_batch, self.settings.model.batch_size)
+        rows = min(2 * self.run.plan.micro_batch, self.settings.model.batch_size)
         return min(rows, self.store.progress.guard.eval_rows or rows)
 
     def _measure(self, loader: Source, **wanted: bool) -> Measured:

@@ -236,9 +236,10 @@ class Store:
         if optimizer:
             state["optimizer_file"] = "optimizer.pt"
         state["plan"] = {
-            "micro_batch_size": self.run.micro_batch,
+            "micro_batch_size": self.run.plan.micro_batch,
             "global_batch": self.settings.global_batch,
-            "use_checkpoint": cfg.use_checkpoint,
+            "recompute": self.run.plan.recompute,
+            "chunk_rows": self.run.plan.chunk_rows,
             "precision": self.run.precision.name,
             "state": self.settings.train.state,
         }

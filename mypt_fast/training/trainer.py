@@ -74,7 +74,7 @@ class Trainer:
         self._selection = parts.selection
         if use_compile(self.train_cfg, self.device):
             self.model.hidden = torch.compile(self.model.hidden)  # type: ignore[method-assign]
-        self.step = self.store.start_step
+        self.step, self.taken = self.store.start_step, 0
         self.mark: Mark | None = None  # set while a step is under way
         self.saved_step: int | None = None  # while the run directory holds what is here
         self.final: Found | None = None
@@ -171,6 +171,11 @@ class Trainer:
         self.store.progress.losses_since_eval.append(loss)
         speed, peak = self.tokens_per_step / seconds, devices.peak_bytes(self.device)
         self.live.step(self.step + 1, loss, speed, peak)
+        self.taken += 1
+        planned = self.run.plan.predicted
+        if self.taken == 2 and planned is not None:  # the moments exist, and nothing is new
+            self.live.clear()
+            self.journal.plan_checked(self.step, planned.live, peak)
         return True
 
     def _gradients(self, loader: Source) -> tuple[float, float]:
@@ -211,15 +216,15 @@ class Trainer:
 
     def _shrink(self, found: str) -> None:
         """Halve the micro-batch; the resumed run keeps it, typed or not."""
-        was = self.run.micro_batch
+        was = self.run.plan.micro_batch
         if was == 1:
             raise DeviceError(
                 f"out of memory at step {self.step} with one sequence per forward",
                 found,
-                "pass --use_checkpoint, free memory, or train a smaller model; "
+                "pass --recompute block, free memory, or train a smaller model; "
                 f"the run is {self._saved()}",
             )
-        self.run.micro_batch = rows = was // 2
+        self.run.plan.micro_batch = rows = was // 2
         if self.train_cfg.micro_batch_size:
             self.train_cfg.micro_batch_size = rows
         if self.device.type == "cuda":
@@ -284,7 +289,7 @@ class Trainer:
         """Add up the gradients of the global batch; returns its mean loss per valid token."""
         total = torch.zeros((), device=self.device)
         batches = micro_batches(
-            loader, self.run.micro_batch, self.settings.global_batch, self.tokens_per_step,
+            loader, self.run.plan.micro_batch, self.settings.global_batch, self.tokens_per_step,
             self.device,
         )  # fmt: skip
         while True:
