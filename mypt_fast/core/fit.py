@@ -217,8 +217,8 @@ def _settings(
 def _run(model: GPT, settings: Settings) -> Run:
     """A run without data; what `open_run` opens, the caller has."""
     from mypt_fast.training import device as devices
-    from mypt_fast.training.memory import MemoryPlan
     from mypt_fast.training.eval_prompts import read_prompts
+    from mypt_fast.training.memory import MemoryPlan
     from mypt_fast.training.run import Run
 
     device, train = model.lm_head.weight.device, settings.train
