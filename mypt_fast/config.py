@@ -181,6 +181,9 @@ class TrainConfig:
     micro_batch_size: int = opt(0, "sequences per forward; 0: the largest that fits memory", lo=0)
     use_amp: bool = opt(True, "mixed precision where the device has it natively")
     amp_dtype: str = opt("bf16", "mixed precision dtype", choices=("bf16", "fp16"))
+    tf32: bool = opt(
+        False, "fp32 matmuls on a GPU may round their factors to TF32; else fp32 is fp32"
+    )
     state: str = opt(
         "exact",
         "weights, gradients and moments; exact: fp32; exact16: weights as bf16 and a 16-bit rest "
@@ -192,6 +195,12 @@ class TrainConfig:
         "auto",
         "what runs the operators; auto: what is fastest on the device",
         choices=("auto", "triton", "reference", "inductor"),
+    )
+    attention: str = opt(
+        "auto",
+        "which of torch's attention kernels a GPU tries first; auto: the fastest, measured on this "
+        "card; a resumed run keeps its own",
+        choices=("auto", "flash", "cudnn", "efficient", "math"),
     )
     documents: str = opt(
         "auto",

@@ -241,6 +241,7 @@ class Store:
             "use_checkpoint": cfg.use_checkpoint,
             "precision": self.run.precision.name,
             "state": self.settings.train.state,
+            "attention": self.run.attention,
         }
         return state
 
