@@ -99,7 +99,7 @@ def choose(settings: Settings, shape: Shape, is_plain: bool, notices: list[str])
         notices.append(f"attention {wanted} cannot run here ({why}): another is chosen")
     plan = settings.saved_state.get("plan")
     saved = plan.get("attention") if isinstance(plan, dict) and not is_typed else None
-    if saved in BACKENDS:
+    if isinstance(saved, str) and saved in BACKENDS:
         why = fault(saved, shape)
         if why is None:
             return saved
