@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_train_documents import indexed  # noqa: F401
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,26 +85,39 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize(
-    ("state", "precision"),
-    [("exact", "bf16"), ("exact16", "bf16"), ("fast", "bf16"), ("exact", "fp16")],
-)
-def test_a_step_reads_once(train, monkeypatch, state, precision, recompute) -> None:
-    """Two micro-steps, clipping and the optimizer, after a first step that makes its state."""
-    monkeypatch.setattr(devices, "precision", lambda *_, **__: (PRECISIONS[precision], None))
-    monkeypatch.setattr(_operator, "is_on_host", lambda t: False)  # as of a GPU's
-    step, found = Trainer._train_step, []
+@pytest.fixture
+def found(monkeypatch) -> list[list[str]]:
+    """Reads of every step but the first, which makes the optimizer's state."""
+    step, each = Trainer._train_step, []
 
     def counted(self: Trainer) -> bool:
         if not self.step:
             return step(self)
         assert self.run.micro_batch * 4 == self.settings.global_batch
         moved: list[bool] = []
-        found.append(reads_of(lambda: moved.append(step(self))))
+        each.append(reads_of(lambda: moved.append(step(self))))
         return moved[0]
 
     monkeypatch.setattr(Trainer, "_train_step", functools.wraps(step)(counted))
+    monkeypatch.setattr(_operator, "is_on_host", lambda t: False)  # as of a GPU's
+    return each
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize(
+    ("state", "precision"),
+    [("exact", "bf16"), ("exact16", "bf16"), ("fast", "bf16"), ("exact", "fp16")],
+)
+def test_a_step_reads_once(train, found, monkeypatch, state, precision, recompute) -> None:
+    """Micro-steps, clipping and the optimizer."""
+    monkeypatch.setattr(devices, "precision", lambda *_, **__: (PRECISIONS[precision], None))
     flags = ["--use_amp", "--state", state, "--n_embd", "64", "--max_iters", "3"]
     assert train("a", *flags, *(["--use_checkpoint"] if recompute else [])) == 0
+    assert found == [["tolist"], ["tolist"]]
+
+
+@pytest.mark.usefixtures("indexed")
+@pytest.mark.parametrize("documents", ["mask", "bestfit"])
+def test_a_step_over_documents_reads_once(train, found, documents) -> None:
+    assert train("a", "--documents", documents, "--max_iters", "3") == 0
     assert found == [["tolist"], ["tolist"]]
