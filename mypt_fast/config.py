@@ -187,6 +187,9 @@ class TrainConfig:
         "chosen as `mypt-fast plan` does; off: exact, nothing made again, one forward a batch",
         choices=("auto", "off"),
     )
+    tf32: bool = opt(
+        False, "fp32 matmuls on a GPU may round their factors to TF32; else fp32 is fp32"
+    )
     state: str = opt(
         "auto",
         "weights, gradients and moments; exact: fp32; exact16: weights as bf16 and a 16-bit rest "
@@ -212,6 +215,12 @@ class TrainConfig:
         "auto",
         "what runs the operators; auto: what is fastest on the device",
         choices=("auto", "triton", "reference", "inductor"),
+    )
+    attention: str = opt(
+        "auto",
+        "which of torch's attention kernels a GPU tries first; auto: the fastest, measured on this "
+        "card; a resumed run keeps its own",
+        choices=("auto", "flash", "cudnn", "efficient", "math"),
     )
     documents: str = opt(
         "auto",

@@ -33,6 +33,10 @@ COMMANDS = {
     "bench": "measure how fast this machine trains",
     "tune": "choose how kernels are launched on this GPU",
 }
+TRAINING = ("train", "run", "bench", "verify-resume")  # commands that fill a GPU's memory
+# Settings of torch's allocator, which reads them at its first allocation on a GPU; in the second
+# the older name, which torch still prefers.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 ALIASES = {"--config": "--config_file"}
 EPILOG = """\
 start here:
@@ -115,6 +119,8 @@ def dispatch(argv: list[str]) -> int:
     # One other busy program makes OpenMP's default spinning cost 11x of a step; sleeping costs
     # nothing measurable (docs/decisions.md). Read by the runtime when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if name in TRAINING and has_expandable_segments() and not ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     module = importlib.import_module(f"mypt_fast.cli.cmd_{name.replace('-', '_')}")
     parser = Parser(
         prog=f"mypt-fast {name}",
@@ -134,6 +140,14 @@ def dispatch(argv: list[str]) -> int:
     else:
         args = parser.parse_or_suggest(spell(rest))
     return int(module.run(args))
+
+
+def has_expandable_segments() -> bool:
+    """Whether CUDA's allocator can grow its segments here, and never fragments.
+
+    Not on Windows, and under WSL the first allocation may fail with them (pytorch #192330).
+    """
+    return sys.platform == "linux" and "microsoft" not in os.uname().release.lower()
 
 
 def main(argv: list[str] | None = None) -> int:

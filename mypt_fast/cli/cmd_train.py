@@ -114,6 +114,7 @@ def _own(run_dir: Path, lock: Any) -> None:
 
 def _train(resolved: settings.Settings, dry_run: bool, lock: Any, asks: bool) -> int:
     # imported here: a wrong setting is reported before torch is loaded
+    from mypt_fast.training.numerics import applied
     from mypt_fast.training.signals import StopRequested, StopSignal
 
     with StopSignal() as stop:
@@ -126,7 +127,8 @@ def _train(resolved: settings.Settings, dry_run: bool, lock: Any, asks: bool) ->
         if trainer is None:
             return 0
         try:
-            return trainer.train(stop)
+            with applied(trainer.run):
+                return trainer.train(stop)
         finally:
             trainer.live.close()
             trainer.run.close()

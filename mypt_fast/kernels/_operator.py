@@ -222,6 +222,11 @@ def autocasts(device: str) -> bool:
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
+def is_on_host(t: Tensor) -> bool:
+    """Whether a tensor's values can be read without waiting for a device."""
+    return t.device.type == "cpu"
+
+
 def expect_tensors(name: str, **tensors: Tensor) -> None:
     """Raise TypeError for what is no tensor, and for a DTensor, of which kernels see one shard."""
     for argument, t in tensors.items():

@@ -175,7 +175,7 @@ def check_rows(
         raise TypeError(
             f"{name}: expected denom to be a number or a 0-d tensor; found {type(denom).__name__}"
         )
-    readable = type(targets) is Tensor and targets.device.type == "cpu"
+    readable = type(targets) is Tensor and _operator.is_on_host(targets)
     if readable and not torch.compiler.is_compiling() and N:
         kept = targets[targets != rule.ignore_index]
         wrong = kept[(kept < 0) | (kept >= V)]

@@ -163,7 +163,11 @@ class Borrowed:
                 "give x, y and perhaps mask and segment_ids, each (batch, time)",
             )
         named = zip(names, parts, strict=False)
-        inputs = {key: torch.as_tensor(v).to(self._device) for key, v in named if v is not None}
+        inputs = {
+            key: devices.moved(torch.as_tensor(v), self._device)
+            for key, v in named
+            if v is not None
+        }
         if "loss_mask" in inputs:
             inputs["loss_mask"] = inputs["loss_mask"].float()
         for key in ("idx", "targets"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mypt_fast import kernels
 from mypt_fast.errors import ConfigError, DeviceError
@@ -117,6 +118,22 @@ def precision(
     if amp_dtype == "bf16" and cpu_has_bf16():
         return Precision(torch.bfloat16, False, "cpu"), None
     return fp32, f"no native {amp_dtype} on this CPU: using fp32" if explicit else None
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether the device multiplies fp32 rounded to TF32: a GPU since Ampere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor to the device, and let the host not wait for it.
+
+    A GPU copies from page-locked memory; from other memory the host would first wait for all that
+    the GPU has to do. torch keeps that memory until the copy is done.
+    """
+    if device.type != "cuda" or t.device.type != "cpu":
+        return t.to(device)
+    return t.pin_memory().to(device, non_blocking=True)
 
 
 def for_state(state: str, found: Precision, use_amp: bool) -> tuple[str, Precision, str | None]:

@@ -15,6 +15,7 @@ from mypt_fast.data.document_loader import Loader
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.packing import Documents
 from mypt_fast.training.borrowed import Borrowed, MicroBatch, Source
+from mypt_fast.training.device import moved
 
 Put = Callable[[NDArray[Any]], Tensor]
 
@@ -109,5 +110,5 @@ def pinned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
 
 
 def to_device(device: torch.device) -> Put:
-    """A `put` that copies at once."""
-    return lambda array: torch.from_numpy(array).to(device)
+    """A `put`; the array may change once it returns, and nothing waits for a GPU."""
+    return lambda array: moved(torch.from_numpy(array), device)

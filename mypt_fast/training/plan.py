@@ -77,7 +77,10 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     micro_steps = math.ceil(s.global_batch / run.plan.micro_batch)
     parameters = console.count(accounting.count_parameters(cfg).total)
     ways = [run.precision.name, "compiled" if compiled else "eager"]
+    if train.tf32 and run.precision.name == "fp32" and devices.has_tf32(run.device):
+        ways[0] = "fp32 with TF32 matmuls"
     ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, compiled))
+    ways += [f"attention {run.attention}"] if run.attention else []
     ways += [STATES[train.state]] if train.state in STATES else []
     ways += [AGAIN[run.plan.recompute]] if run.plan.recompute in AGAIN else []
     resumed = " (resumed)" if s.resume else ""

@@ -20,6 +20,7 @@ from mypt_fast.checkpoint import bundle as bundles
 from mypt_fast.checkpoint.legacy import old_run
 from mypt_fast.errors import CheckpointError
 from mypt_fast.publish import temporary
+from mypt_fast.training.numerics import applied
 from mypt_fast.training.parts import log_path
 from mypt_fast.training.run import open_run
 from mypt_fast.training.trainer import Trainer
@@ -66,7 +67,7 @@ def execute(source: Path, name: str, folder: Path, steps: int) -> Execution:
     opened = open_run(resolved)
     live = console.Live(resolved.train.max_iters, first)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), applied(opened):
             trainer = _Bounded(opened, live)
             trainer.count = steps
             trainer.train()

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from mypt_fast.config import GoldSelection
+from mypt_fast.data.loader import TokenLoader
 from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
+from mypt_fast.training import attention_choice
 from mypt_fast.training import device as devices
 from mypt_fast.training.borrowed import Source
 from mypt_fast.training.eval_prompts import read_prompts
@@ -37,6 +39,7 @@ class Run:
     prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
     how_to_continue: str = ""  # what a run that was stopped tells
     mypt_words: bool = False  # scripts that call fit read MyPT's lines, not ours
+    attention: str | None = None  # the kernel tried first; None: as torch decides
 
     def close(self) -> None:
         """Let go of the data files."""
@@ -104,6 +107,8 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     memory = choose_plan(settings, device, precision, free, notices)
     settings.train.state = memory.state
     notices += [n for n in (layout_notice(settings),) if n]
+    if "tf32" in typed and settings.train.tf32 and not devices.has_tf32(device):
+        notices.append(f"no TF32 on {devices.describe(device)}: fp32 matmuls stay fp32")
     opener = DataOpener(settings, notices, progress, device)
     tokenizer, phases, train_tokens, val_tokens = opener.open()
     eval_sets: dict[str, Source] = {**opener.eval_sets(tokenizer)}
@@ -111,6 +116,11 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     if settings.train.eval_prompts_file:
         prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
     notices += gate_notice(settings)
+    shape = attention_choice.Shape(
+        device, precision.dtype, memory.micro_batch, cfg.n_head, cfg.block_size,
+        cfg.n_embd // cfg.n_head, cfg.dropout,
+    )  # fmt: skip
+    is_plain = all(isinstance(p.train, TokenLoader) for p in phases)
     return Run(
         settings=settings,
         device=device,
@@ -126,4 +136,5 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         notices=notices,
         prompts=prompts,
         how_to_continue=f"continue with `mypt-fast train --model_name {settings.model_name}`",
+        attention=attention_choice.choose(settings, shape, is_plain, notices),
     )

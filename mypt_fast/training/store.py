@@ -242,6 +242,7 @@ class Store:
             "chunk_rows": self.run.plan.chunk_rows,
             "precision": self.run.precision.name,
             "state": self.settings.train.state,
+            "attention": self.run.attention,
         }
         return state
 

@@ -375,3 +375,26 @@ def test_help_lines_fit_and_say_what_they_should(name, monkeypatch):
     assert "%%" not in text
     assert "==SUPPRESS==" not in text
     assert "examples:" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "theirs", "wanted"),
+    [
+        ("train", "6.1.0-generic", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("generate", "6.1.0-generic", {}, {}),
+        ("train", "5.15.90.1-microsoft-standard-WSL2", {}, {}),
+        ("train", "6.1.0-generic", *[{"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}] * 2),
+        ("train", "6.1.0-generic", *[{"PYTORCH_CUDA_ALLOC_CONF": ""}] * 2),
+    ],
+)
+def test_segments_grow_unless_the_user_set_the_allocator(
+    command, monkeypatch, name, release, theirs, wanted
+) -> None:
+    monkeypatch.setattr(cli, "os", types.SimpleNamespace(environ=dict(theirs)))
+    monkeypatch.setattr(cli.os, "uname", lambda: types.SimpleNamespace(release=release), False)
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+    seen = {}
+    command(lambda args: seen.update(cli.os.environ) or 0)
+    assert main([name]) == 0
+    seen.pop("OMP_WAIT_POLICY")
+    assert seen == wanted

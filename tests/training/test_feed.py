@@ -6,6 +6,7 @@ import torch
 
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.tokens import TokenCorpus
+from mypt_fast.training.device import moved
 from mypt_fast.training.feed import next_inputs, signed, widened
 
 
@@ -24,3 +25,24 @@ def test_narrow_windows_become_the_batches_of_the_plain_way(top, prefetch):
         for name, tensor in wanted.items():
             assert torch.equal(found[name], tensor)
             assert found[name].is_contiguous()
+
+
+def test_a_gpu_copies_from_page_locked_memory_and_nobody_waits():
+    """Recorded on a stand-in: no GPU is asked."""
+    calls = []
+
+    class Pinned:
+        def to(self, device, non_blocking=False):
+            calls.append((device.type, non_blocking))
+            return "there"
+
+    class Pageable:
+        device = torch.device("cpu")
+
+        def pin_memory(self):
+            return Pinned()
+
+    assert moved(Pageable(), torch.device("cuda")) == "there"
+    assert calls == [("cuda", True)]
+    x = torch.ones(2)
+    assert moved(x, torch.device("cpu")) is x

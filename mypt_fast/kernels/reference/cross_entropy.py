@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mypt_fast.kernels import _operator
+
 TILE_ROWS = 64  # on a CPU: 13 MB of fp32 logits of 50,304 columns, worked on while in its cache
 
 
@@ -116,11 +118,10 @@ def _scale_(grad: Tensor, scale: Tensor | None, kept: Tensor, inside: Tensor) ->
     """Multiply rows by their factors, in place; ignored rows become 0 even if they hold NaN."""
     factor = torch.ones_like(kept, dtype=grad.dtype) if scale is None else scale.to(grad.dtype)
     factor = _poisoned(factor, kept, inside)
-    # passes over the tile saved, where asking costs no synchronisation
-    cpu = grad.device.type == "cpu"
-    if not cpu or not bool((factor == 1).all()):
+    asks = _operator.is_on_host(grad)  # then it saves passes over the tile
+    if not asks or not bool((factor == 1).all()):
         grad.mul_(factor.unsqueeze(1))
-    if not cpu or not bool(kept.all()):
+    if not asks or not bool(kept.all()):
         grad.masked_fill_(~kept.unsqueeze(1), 0)
     return grad
 
