@@ -104,7 +104,7 @@ class Step(Remade):
         t.now = "backward"
         self._head_backward()
         self.join_backward(L, "ln_f", adds=joins, later=False)
-        t.drop(f"{L}.x")
+        t.drop("stream")
         for layer in reversed(played):
             if layer == 1 and counted:
                 self._count(kept, -counted)
@@ -131,7 +131,7 @@ class Step(Remade):
             self.tape.touch(2 * 4 * self.n)
         self.tape.touch((4 + self.r) * self.n)
         if self.policy.blocks:
-            self.tape.hold("0.x", "activations", self.r * self.n)
+            self.tape.hold("stream", "activations", self.r * self.n)
         else:
             name = "0.sa.h" if self.policy.norms else "0.ln1.h"
             self.tape.hold(name, "activations", self.r * self.n)
@@ -217,7 +217,8 @@ class Step(Remade):
         self._plain(layer, adds=False)
         self._residual_mask(layer)
         t.drop("branch.new", *[name for name in t.held() if name.startswith(f"{layer}.")])
-        t.hold(f"{layer + 1}.x", "activations", self.r * self.n)
+        t.drop("stream")
+        t.hold("stream", "activations", self.r * self.n)
         if self.cpu or not self.policy.offload:  # else it waits in host memory
             t.hold(f"{layer}.x", "activations", self.r * self.n)
 

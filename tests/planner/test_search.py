@@ -9,7 +9,7 @@ from mypt_fast import accounting, presets
 from mypt_fast.config import TrainConfig
 from mypt_fast.planner import cards, search, speed, table
 from mypt_fast.planner.operators import Setup
-from mypt_fast.schema import opt
+from mypt_fast.recompute import POLICIES
 
 ALL = search.Able()
 
@@ -92,21 +92,17 @@ def test_the_smallest_change_that_fits_is_the_smallest():
         assert search.search(model, *arguments)[0].fits is fits
 
 
-def test_a_build_can_do_what_its_settings_offer(monkeypatch):
-    class Now:
-        """Settings as they were before any of these."""
+def test_what_can_be_planned_is_what_the_trainer_takes():
+    settings = {f.name: f.metadata.get("choices") for f in dataclasses.fields(TrainConfig)}
+    assert set(settings["state"]) == {"auto", *ALL.layouts}
+    assert set(settings["recompute"]) == {"auto", *ALL.policies}
+    assert tuple(ALL.policies) == POLICIES
 
-    monkeypatch.setattr(search, "TrainConfig", dataclasses.dataclass(Now))
-    assert search.able() == search.Able(("exact",), ("none", "block"), (None,))
 
-    @dataclasses.dataclass(kw_only=True)
-    class Later(TrainConfig):
-        state: str = opt("exact", "layout", choices=("exact", "fast"))
-        recompute: str = opt("auto", "policy", choices=("none", "mlp", "auto"))
-        chunk_rows: int = opt(0, "rows of logits")
-
-    monkeypatch.setattr(search, "TrainConfig", Later)
-    assert search.able() == search.Able(("exact", "fast"), ("none", "mlp"), (None, 1024, 512))
+def test_a_micro_batch_that_is_given_is_kept():
+    cfg = presets.load("500M_1024").model
+    found = search.search(cfg, 8, device(), search.Able(rows=3))
+    assert {plan.setup.rows for plan in found} == {3}
 
 
 @pytest.mark.parametrize(
@@ -132,11 +128,20 @@ def test_speed_follows_the_ceiling_the_rows_and_the_optimizer():
     assert rate == pytest.approx(47e12 * 0.8 * 0.99 / flops, rel=1e-3)
     assert speed.tokens_per_s(setup, 94.0, 0.8) == pytest.approx(2 * rate)
     assert speed.tokens_per_s(dataclasses.replace(setup, rows=1), 47.0, 0.8) < 0.9 * rate
-    # 28 bytes a parameter of fp32 AdamW, and four chunks that each move dW, at 403 GB/s
+    # 28 bytes a parameter of fp32 AdamW, the blocks' casts, and four chunks that each move dW, at
+    # 403 GB/s
     with_traffic = speed.tokens_per_s(setup, 47.0, 0.8, 448)
-    moved = 28 * 602_277_504 + 4 * 8 * 50304 * 1280
+    n = accounting.count_parameters(cfg)
+    moved = 28 * 602_277_504 + 6 * (n.attention + n.mlp) + 4 * 8 * 50304 * 1280
     seconds = 8192 / with_traffic - 8192 / rate
     assert seconds == pytest.approx(moved / (0.9 * 448e9), rel=1e-6)
+    # micro-steps add up gradients, and cast again; what is bf16 already is not cast
+    halves = dataclasses.replace(setup, rows=4)
+    assert speed.traffic(halves) - speed.traffic(setup) == pytest.approx(
+        2 * 12 * n.total + 6 * (n.attention + n.mlp)
+    )
+    split = dataclasses.replace(setup, layout=table.LAYOUTS["exact16"])
+    assert speed.traffic(setup) - speed.traffic(split) == 6 * (n.attention + n.mlp)
     shares = [speed.saturation(rows) for rows in range(1, 20_000, 7)]
     assert shares == sorted(shares)
     assert shares[-1] == 1
