@@ -138,12 +138,20 @@ def test_what_is_not_known_is_one_line(capsys, words, line):
     assert line in fails(capsys, *words)
 
 
-def test_what_this_build_cannot_run_is_one_line():
-    able, known = ("none", "block"), tuple(table.POLICIES)
-    with pytest.raises(ConfigError, match="this build cannot train that way; it can none, block"):
-        cmd_plan._only("--recompute", "mlp", able, known)
-    assert cmd_plan._only("--recompute", "block", able, known) == ("block",)
-    assert cmd_plan._only("--recompute", None, able, known) == able
+def choices(tmp_path, typed=None, **fields):
+    path = tmp_path / "preset.json"
+    path.write_text(json.dumps({"n_embd": 64, "n_head": 4, "batch_size": 8, **fields}))
+    return cmd_plan.choices_for(presets.load(str(path)), {"state": None, "recompute": None, **(typed or {})})
+
+
+def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):
+    assert choices(tmp_path) == search.Able()
+    fixed = choices(tmp_path, state="exact", recompute="mlp", micro_batch_size=4, chunk_rows=512)
+    assert fixed == search.Able(("exact",), ("mlp",), (512,), 4)
+    assert choices(tmp_path, use_checkpoint=True).policies == ("block",)
+    typed = {"state": "fast", "recompute": "norms"}
+    found = choices(tmp_path, typed, state="exact", use_checkpoint=True)
+    assert (found.layouts, found.policies) == (("fast",), ("norms",))
 
 
 @pytest.mark.parametrize("words", [["--config", "500M_1024"], []], ids=["one", "all"])
