@@ -219,6 +219,7 @@ def _run(model: GPT, settings: Settings) -> Run:
     from mypt_fast.training import device as devices
     from mypt_fast.training.eval_prompts import read_prompts
     from mypt_fast.training.run import Run
+    from mypt_fast.training.utilisation import find
 
     device, train = model.lm_head.weight.device, settings.train
     on_gpu = device.type == "cuda"
@@ -233,9 +234,13 @@ def _run(model: GPT, settings: Settings) -> Run:
         f"fit: {settings.global_batch} sequences of {settings.model.block_size} tokens a step, "
         f"{precision.name} on {device}"
     )
+    ceilings, measured = find(device, precision, settings.model)
+    if measured:
+        console.notice(f"note: {measured}")
     return Run(
         settings, device, precision, tokenizer, [], {}, settings.model.batch_size, "", 0, 0, 0,
-        prompts=prompts, how_to_continue="run the script again to continue", mypt_words=True,
+        prompts=prompts, how_to_continue="run the script again to continue", ceilings=ceilings,
+        mypt_words=True,
     )  # fmt: skip
 
 
