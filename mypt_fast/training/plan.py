@@ -12,9 +12,9 @@ from mypt_fast.planner import speed as speeds
 from mypt_fast.training import device as devices
 from mypt_fast.training.run import Run
 
-# MFU that a step reaches on a CPU, measured there (docs/decisions.md): the faster the matmul, the
-# more the rest weighs.
-CPU_MFU = {torch.float32: 0.6, torch.bfloat16: 0.3, torch.float16: 0.3}
+# 1 / MFU of a step on a CPU, measured there (docs/decisions.md): this for the matmuls, and that per
+# element of the residual streams of a token and model FLOP for everything else.
+CPU_COST = {torch.float32: (1.34, 8e3), torch.bfloat16: (1.66, 20e3), torch.float16: (1.66, 20e3)}
 
 # How the start line names a state layout; `exact` is the one nobody has to be told of.
 STATES = {
@@ -31,10 +31,13 @@ def estimated_tokens_per_s(run: Run) -> float | None:
     of_one = run.ceilings.mfu(1.0)
     if of_one is None:
         return None
+    cfg = run.settings.model
     if run.device.type == "cpu":
-        return CPU_MFU[run.precision.dtype] / of_one
+        matmuls, rest = CPU_COST[run.precision.dtype]
+        elements = cfg.n_layer * cfg.n_embd / run.ceilings.flops_per_token
+        return 1 / (of_one * (matmuls + rest * elements))
     share = (run.ceilings.card or cards.Card).share
-    return share * speeds.saturation(run.micro_batch * run.settings.model.block_size) / of_one
+    return share * speeds.saturation(run.micro_batch * cfg.block_size) / of_one
 
 
 def evaluation_work(run: Run, start_step: int) -> float:

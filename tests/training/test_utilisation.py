@@ -3,15 +3,16 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import events
 
-from mypt_fast import accounting, console
+from mypt_fast import accounting, console, presets
 from mypt_fast.cli import main
 from mypt_fast.config import ModelConfig
-from mypt_fast.planner import cards, ceiling
+from mypt_fast.planner import cards, ceiling, speed
 from mypt_fast.training import device as devices
 from mypt_fast.training import plan, utilisation
 from mypt_fast.training.utilisation import Ceilings
@@ -135,9 +136,35 @@ def test_a_step_without_a_ceiling_has_no_share(train, capsys, monkeypatch) -> No
     assert not re.search(r"^time ", out, re.M)
 
 
-def test_the_guess_of_the_plan_is_a_share_of_the_ceiling(train, capsys) -> None:
+def guess(cfg: ModelConfig, device: str, dtype: torch.dtype, card: str | None = None) -> float:
+    """MFU that the start line counts on, where matmuls reach 1 TFLOP/s."""
+    flops, entry = accounting.flops_per_token(cfg), cards.find(card) if card else None
+    run = SimpleNamespace(
+        device=torch.device(device), precision=devices.Precision(dtype, False, device),
+        ceilings=Ceilings(flops, 1.0, entry), settings=SimpleNamespace(model=cfg), micro_batch=8,
+    )  # fmt: skip
+    return accounting.mfu(plan.estimated_tokens_per_s(run), flops, 1.0)
+
+
+def test_the_guess_is_the_mfu_that_was_measured_on_a_cpu() -> None:
+    measured = {  # docs/decisions.md; per cent in fp32 and bf16
+        "tiny_char": (52, 33), "tiny": (68, 53), "small": (71, 52),
+    }  # fmt: skip
+    for name, shares in measured.items():
+        cfg = presets.load(presets.shipped_dir() / f"{name}.json").model
+        for dtype, share in zip((torch.float32, torch.bfloat16), shares, strict=True):
+            assert guess(cfg, "cpu", dtype) == pytest.approx(share / 100, rel=0.05)
+
+
+def test_the_guess_on_a_gpu_is_the_planners() -> None:
+    bf16, cfg = torch.bfloat16, ModelConfig(block_size=1024)
+    assert guess(cfg, "cuda", bf16) == pytest.approx(0.8 * speed.saturation(8192))
+    assert guess(cfg, "cuda", torch.float16, "T4") == pytest.approx(0.6 * speed.saturation(8192))
+
+
+def test_the_start_line_has_the_guess(train, capsys) -> None:
     assert train("a", "--dry_run") == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("time"))
     cfg = ModelConfig(n_layer=2, n_embd=16, block_size=12, vocab_size=16)
-    speed = plan.CPU_MFU[torch.float32] * 0.25e12 / accounting.flops_per_token(cfg)
-    assert f"at {console.count(speed)} tokens/s with evaluations" in line
+    tokens = 0.25e12 * guess(cfg, "cpu", torch.float32) / accounting.flops_per_token(cfg)
+    assert f"at {console.count(tokens)} tokens/s with evaluations" in line
