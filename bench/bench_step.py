@@ -9,9 +9,9 @@ rounds in turn: then the ratios are of medians, and the row says so.
     python bench/bench_step.py [--cases tiny-bf16,...]     all of them, to bench/results/<device>/
     python bench/bench_step.py --vram 16G                  on a GPU: no process may hold more
 
-MFU (accounting.mfu) is of the rate of a bare matmul in the same dtype,
-measured here before and after; the better of the two counts. The bars are on a CPU: `auto` at
-least 0.97 times `plain` (both compiled), and at 150M 1.5 times `mypt-eager`.
+MFU (accounting.mfu) is a share of the rate of a bare matmul in the same dtype, measured here before
+and after; the better of the two counts. The bars are on a CPU: `auto` at least 0.97 times `plain`
+(both compiled), and at 150M 1.5 times `mypt-eager`.
 """
 
 import argparse
