@@ -63,12 +63,31 @@ def test_what_cannot_be_kept_is_used_all_the_same(tmp_path) -> None:
     assert note == "measured 0.25 TFLOP/s of fp32 matmuls, not kept: Not a directory"
 
 
-def test_without_memory_for_it_there_is_no_ceiling(monkeypatch) -> None:
+@pytest.fixture
+def cleaned(monkeypatch):
+    """A GPU by name alone; what is called to leave nothing of the measurement in its memory."""
+    calls = []
+    monkeypatch.setattr(devices, "describe", lambda device: CARD)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("cache"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    return calls
+
+
+def test_measuring_leaves_nothing_in_a_gpus_memory_or_its_peak(cleaned) -> None:
+    gpu = torch.device("cuda", 1)
+    found, _ = utilisation.find(gpu, devices.Precision(torch.bfloat16, False, "cuda"), CFG)
+    assert (found.measured, found.published) == (0.25, 46.1)
+    assert cleaned == ["cache", gpu]
+
+
+def test_without_memory_for_it_there_is_no_ceiling(cleaned, monkeypatch) -> None:
     def refuse(device, dtype, seconds):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(utilisation.measuring, "matmul_tflops", refuse)
-    found, note = utilisation.find(CPU, FP32, CFG)
+    monkeypatch.setattr(devices, "describe", lambda device: "a card that nobody knows")
+    found, note = utilisation.find(torch.device("cuda"), FP32, CFG)
+    assert cleaned == ["cache", torch.device("cuda")]
     assert (found.measured, note) == (None, None)
     assert found.mfu(1e6) is None
     assert (found.fields(), found.shares(1e6), found.words(1e6)) == ({}, {}, "")
