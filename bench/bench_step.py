@@ -9,9 +9,9 @@ rounds in turn: then the ratios are of medians, and the row says so.
     python bench/bench_step.py [--cases tiny-bf16,...]     all of them, to bench/results/<device>/
     python bench/bench_step.py --vram 16G                  on a GPU: no process may hold more
 
-MFU is model FLOPs (accounting.flops_per_token) over the rate of a bare matmul in the same dtype,
-measured here before and after; the better of the two counts. The bars are on a CPU: `auto` at
-least 0.97 times `plain` (both compiled), and at 150M 1.5 times `mypt-eager`.
+MFU (accounting.mfu) is a share of the rate of a bare matmul in the same dtype, measured here before
+and after; the better of the two counts. The bars are on a CPU: `auto` at least 0.97 times `plain`
+(both compiled), and at 150M 1.5 times `mypt-eager`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from record import save, slug
 from steps import DTYPES
 
 from mypt_fast import presets
-from mypt_fast.accounting import flops_per_token
+from mypt_fast.accounting import flops_per_token, mfu
 from mypt_fast.benchmark.timing import Clock, matmul_rate, median
 from mypt_fast.training import device as devices
 
@@ -164,7 +164,7 @@ def finish(
     for row in rows:
         row |= {"preset": case.preset, "dtype": case.dtype, "sequences": case.sequences}
         if "tokens_per_s" in row:
-            row["mfu"] = row["tokens_per_s"] * flops / matmul
+            row["mfu"] = mfu(row["tokens_per_s"], flops, matmul / 1e12)
             row["matmul_tflops"] = matmul / 1e12
     for own in ("auto-eager", OURS):
         if own in by_name and complete(by_name[own], samples):

@@ -62,6 +62,20 @@ def flops_per_token(cfg: ModelConfig) -> float:
     return 6.0 * matmul + 6.0 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
 
+def mfu(tokens_per_s: float, flops_per_token: float, tflops: float) -> float:
+    """Model FLOPs utilisation: the share of a matmul ceiling that a training speed comes to.
+
+    The FLOPs are the model's own, those of `flops_per_token`: what is computed again to save
+    memory takes time and counts as nothing (PaLM appendix B, arXiv 2204.02311).
+
+    Args:
+        tokens_per_s: trained.
+        flops_per_token: of the model.
+        tflops: the ceiling, TFLOP/s in the dtype of the training.
+    """
+    return tokens_per_s * flops_per_token / (1e12 * tflops)
+
+
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes that stay for the whole run."""

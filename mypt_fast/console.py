@@ -188,15 +188,18 @@ class Live:
             text = f"step {step}/{self.total} | {done} of {done + left} sequences"
             self._bar.set_description_str(text)
 
-    def step(self, step: int, loss: float, tokens_per_s: float, peak_bytes: int) -> None:
-        """Show a finished step."""
+    def step(
+        self, step: int, loss: float, tokens_per_s: float, peak_bytes: int, mfu: float | None
+    ) -> None:
+        """Show a finished step; `mfu` where the device's ceiling is known."""
         now = time.perf_counter()
         if self._first is None:
             self._first = (now, step)
         done = step - self._first[1]
         eta = (now - self._first[0]) / done * (self.total - step) if done else None
+        share = "" if mfu is None else f" | {100 * mfu:.0f} % of ceiling"
         text = (
-            f"step {step}/{self.total} | loss {loss:.4f} | {count(tokens_per_s)} tok/s"
+            f"step {step}/{self.total} | loss {loss:.4f} | {count(tokens_per_s)} tok/s{share}"
             f" | {bytes_text(peak_bytes)} | ETA {span(eta) if eta is not None else '...'}"
         )
         if self._bar is not None:

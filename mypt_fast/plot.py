@@ -224,6 +224,23 @@ class _Panels:
                 panel.plot(*thinned(x, y), color=colour, alpha=0.22, linewidth=0.8)
                 y = running_mean(y, max(3, min(len(y) // SMOOTH_SHARE, SMOOTH_MOST)) | 1)
             panel.plot(*thinned(x, y), color=colour, linewidth=1.4)
+            if key == "tokens_per_sec" and not self.many:
+                self._mfu_axis(panel, log)
+
+    def _mfu_axis(self, panel: Any, log: Log) -> None:
+        """Speed as MFU on the right, where it is logged: one is a multiple of the other."""
+        from matplotlib.ticker import PercentFormatter
+
+        shares = [p for p in log.train if number(p.values.get("mfu"))]
+        speeds = [number(p.values.get("tokens_per_sec")) or 0.0 for p in shares]
+        if not sum(speeds):
+            return
+        of_one = sum(p.values["mfu"] for p in shares) / sum(speeds)
+        axis = panel.secondary_yaxis(
+            "right", functions=(lambda v: v * of_one, lambda v: v / of_one)
+        )
+        axis.set_ylabel("MFU")
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
     def finish(self, title: str, subtitle: str, x_label: str) -> None:
         """Set titles, labels, ranges and the legend."""

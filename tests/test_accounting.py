@@ -181,3 +181,13 @@ def test_activations_grow_with_what_is_kept():
     assert one(config(512, 5000, 256, 4, 4), attention_matrix=False) == 2 * one(
         cfg, attention_matrix=False
     )
+
+
+def test_mfu_is_model_flops_over_the_ceiling_and_knows_no_recomputing() -> None:
+    cfg = ModelConfig(n_layer=4, n_embd=192, n_head=4, block_size=128, vocab_size=50304)
+    # by hand, as PaLM does: 6 for each of 12 C^2 a block and V C, and 6 L C T for causal attention
+    flops = 6 * (4 * 12 * 192**2 + 50304 * 192) + 6 * 4 * 192 * 128
+    share = accounting.mfu(1000.0, flops_per_token(cfg), 0.5)
+    assert share == pytest.approx(1000 * flops / 0.5e12, rel=1e-3)
+    again = ModelConfig(**{**cfg.to_dict(), "use_checkpoint": True})
+    assert accounting.mfu(1000.0, flops_per_token(again), 0.5) == share

@@ -3,27 +3,16 @@
 import datetime
 import importlib.util
 import os
-import platform
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mypt_fast.training.device import cpu_name
+
 CARD_QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-
-
-def cpu_name() -> str:
-    """The processor's own name, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(
-            x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def machine() -> dict[str, Any]:

@@ -16,20 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from mypt_fast import __version__, kernels, presets
-from mypt_fast.accounting import count_parameters, flops_per_token, training_bytes
+from mypt_fast.accounting import count_parameters, flops_per_token, mfu, training_bytes
 from mypt_fast.benchmark.machine import facts
-from mypt_fast.benchmark.timing import Clock, matmul_rate, median
+from mypt_fast.benchmark.timing import Clock, median
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import DeviceError
+from mypt_fast.kernels.ceiling import matmul_tflops
 from mypt_fast.model import GPT
 from mypt_fast.training import device as devices
 from mypt_fast.training import parts
 from mypt_fast.training.optim import adamw
+from mypt_fast.training.utilisation import of_measured
 
 SCHEMA = 1
 SAMPLES = 7
+CEILING_S = 0.5  # of measuring matmuls in a dtype
 # preset and sequences a step, the first that fits; a CPU stays under two minutes with the small
 STEPS = {
     "cuda": (
@@ -60,14 +63,17 @@ def measure(device: torch.device, quick: bool, say: Callable[[str], None]) -> di
     precision, _ = devices.precision(device, True, "bf16", explicit=False)
     clock, samples = Clock(device.type), 3 if quick else SAMPLES
     say("ceiling: a bare matmul")
-    ceiling = ceilings(clock, precision.dtype, samples)
+    ceiling = ceilings(device, precision.dtype)
     rows = []
     for name, part in (("loader", loader), ("head", head), ("step", step)):
         say(f"{name} ...")
         rows.append({"part": name, **part(clock, precision, quick, samples)})
     rate = ceiling[precision.name]
     for row in rows:
-        if "flops" in row:
+        if "tokens_per_step" in row:
+            per_token = row["flops"] / row["tokens_per_step"]
+            row["mfu"] = mfu(row["tokens_per_s"], per_token, rate / 1e12)
+        elif "flops" in row:
             row["of_matmul"] = row["flops"] / row["median_s"] / rate
     return {
         "schema": SCHEMA, "mypt_fast": __version__, "quick": quick,
@@ -76,11 +82,15 @@ def measure(device: torch.device, quick: bool, say: Callable[[str], None]) -> di
     }  # fmt: skip
 
 
-def ceilings(clock: Clock, dtype: torch.dtype, samples: int) -> dict[str, float]:
-    """FLOP per second of a matmul in the dtype that training takes here, and in fp32."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP per second of matmuls in the dtype that training takes here, and in fp32.
+
+    Measured as `mypt-fast ceiling` does, and anew: a share is of what the machine does now.
+    """
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     kinds = dict.fromkeys((dtype, torch.float32))
-    return {names[kind]: matmul_rate(clock, kind, samples) for kind in kinds}
+    with torch.inference_mode():
+        return {names[kind]: 1e12 * matmul_tflops(device, kind, CEILING_S) for kind in kinds}
 
 
 def sampled(work: Callable[[], float], samples: int, seconds: float) -> dict[str, Any]:
@@ -219,7 +229,8 @@ def lines(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         else:
             what += f", {row['sequences']} sequences, {record['dtype']}"
             what += ", compiled" if row["compiled"] else ""
-            rate = f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['of_matmul']:.0%} of the matmul"
+            share = of_measured(row["mfu"], ceiling[record["dtype"]] / 1e12)
+            rate = f"{row['tokens_per_s']:,.0f} tokens/s, MFU {share}"
         rows.append((row["part"], what, _time(row["median_s"]), rate))
     return rows
 

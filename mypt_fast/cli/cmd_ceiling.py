@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from mypt_fast import console
-from mypt_fast.planner import ceiling
+from mypt_fast.planner import cards, ceiling
 
 HELP = "measure what this device's matmuls and memory reach"
 DESCRIPTION = """\
@@ -53,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
         "measured": time.strftime("%Y-%m-%d"),
     }
     path = None if args.no_save else ceiling.keep(name, entry)
+    card = cards.known(name)
     if args.json:
-        print(json.dumps({"device": name, **entry, "file": str(path) if path else None}, indent=2))
+        report = {"device": name, **entry, "file": str(path) if path else None}
+        if card:
+            report["published"] = {"card": card.name, "tflops": card.tflops, "source": card.source}
+        print(json.dumps(report, indent=2))
     else:
-        print("\n".join(lines(name, entry)))
+        print("\n".join(lines(name, entry, card)))
         if path:
             print(f"kept in {path}")
     return 0
@@ -74,11 +78,17 @@ def native_dtypes(device: Any) -> list[str]:
     return ["fp32", *(["bf16"] if devices.cpu_has_bf16() else [])]
 
 
-def lines(name: str, entry: dict[str, Any]) -> list[str]:
-    """Return the result as people read it."""
-    rates = ", ".join(f"{dtype} {rate:g}" for dtype, rate in entry["tflops"].items())
-    return [
+def lines(name: str, entry: dict[str, Any], card: cards.Card | None) -> list[str]:
+    """Return the result as people read it, and what was published for such a card."""
+    found = [
         name,
-        f"matmul  {rates} TFLOP/s",
+        f"matmul  {_rates(entry['tflops'])}",
         f"memory  {entry['gb_per_s']:g} GB/s, read and written by a copy",
     ]
+    if card:
+        found.append(f"others  {_rates(card.tflops)}: {card.name}, {card.source}")
+    return found
+
+
+def _rates(tflops: dict[str, float]) -> str:
+    return ", ".join(f"{dtype} {rate:g}" for dtype, rate in tflops.items()) + " TFLOP/s"

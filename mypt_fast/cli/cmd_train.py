@@ -143,9 +143,12 @@ def _prepared(
     from mypt_fast.training.run import open_run
     from mypt_fast.training.space import check_space
     from mypt_fast.training.trainer import Trainer
+    from mypt_fast.training.utilisation import find
 
     with console.byte_progress() as progress:
         opened = open_run(resolved, progress)
+    opened.ceilings, measured = find(opened.device, opened.precision, resolved.model)
+    opened.notices += [measured] if measured else []
     for notice in opened.notices:
         console.notice(f"note: {notice}")
     start = int(resolved.saved_state.get("step") or 0)

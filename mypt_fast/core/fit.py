@@ -220,6 +220,7 @@ def _run(model: GPT, settings: Settings) -> Run:
     from mypt_fast.training.eval_prompts import read_prompts
     from mypt_fast.training.memory import MemoryPlan
     from mypt_fast.training.run import Run
+    from mypt_fast.training.utilisation import find
 
     device, train = model.lm_head.weight.device, settings.train
     on_gpu = device.type == "cuda"
@@ -236,9 +237,13 @@ def _run(model: GPT, settings: Settings) -> Run:
     )
     settings.train.state = "exact"  # the optimizer is the caller's
     plan = MemoryPlan(settings.model.batch_size)
+    ceilings, measured = find(device, precision, settings.model)
+    if measured:
+        console.notice(f"note: {measured}")
     return Run(
         settings, device, precision, tokenizer, [], {}, plan, "", 0, 0, 0,
-        prompts=prompts, how_to_continue="run the script again to continue", mypt_words=True,
+        prompts=prompts, how_to_continue="run the script again to continue", ceilings=ceilings,
+        mypt_words=True,
     )  # fmt: skip
 
 

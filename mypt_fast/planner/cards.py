@@ -94,12 +94,8 @@ def plain(name: str) -> str:
     return "".join(word for word in words if not re.fullmatch(noise, word))
 
 
-def find(name: str) -> Card:
-    """The card of that name.
-
-    Raises:
-        ConfigError: for a name that is not in the table, with the nearest that are.
-    """
+def known(name: str) -> Card | None:
+    """The card of that name, None for one that is not in the table."""
     wanted = plain(name)
     same = [card for card in CARDS if plain(card.name) == wanted]
     # what a driver says has more: "NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB", "4060 Ti 16GB"
@@ -107,12 +103,21 @@ def find(name: str) -> Card:
         (card for card in CARDS if wanted.startswith(plain(card.name)) and _ends(wanted, card)),
         key=lambda card: -len(card.name),
     )
-    if same:
-        return same[0]
-    known = {plain(card.name): card.name for card in CARDS}
-    near = difflib.get_close_matches(wanted, known, 3, 0.5)
-    near += [key for key in known if wanted and wanted in key and key not in near]
-    shown = ", ".join(known[key] for key in near[:4]) or ", ".join(known.values())
+    return same[0] if same else None
+
+
+def find(name: str) -> Card:
+    """The card of that name.
+
+    Raises:
+        ConfigError: for a name that is not in the table, with the nearest that are.
+    """
+    if card := known(name):
+        return card
+    wanted, names = plain(name), {plain(card.name): card.name for card in CARDS}
+    near = difflib.get_close_matches(wanted, names, 3, 0.5)
+    near += [key for key in names if wanted and wanted in key and key not in near]
+    shown = ", ".join(names[key] for key in near[:4]) or ", ".join(names.values())
     raise ConfigError(
         f"--gpu: no card of the name {name[:60]!r} is in the table",
         f"the nearest are {shown}" if near else f"it knows {shown}",

@@ -9,6 +9,7 @@ from typing import Any
 from mypt_fast.planner.cards import plain
 
 MAX_BYTES = 1 << 20
+LEAST, MOST = 1e-6, 1e6  # TFLOP/s of any device: what lies outside is a damaged file
 
 
 def ceiling_file() -> Path:
@@ -38,7 +39,11 @@ def measured_ceiling(device_name: str, dtype: str | None = None) -> float | None
     rates = entry.get("tflops")
     if not isinstance(rates, dict):
         return None
-    good = {k: float(v) for k, v in rates.items() if isinstance(v, (int, float)) and v > 0}
+    good = {
+        k: float(v)
+        for k, v in rates.items()
+        if isinstance(v, (int, float)) and LEAST <= v <= MOST  # NaN is not
+    }
     return good.get(dtype) if dtype else max(good.values(), default=None)
 
 
@@ -50,6 +55,14 @@ def read() -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def add(device_name: str, dtype: str, tflops: float, **facts: Any) -> Path:
+    """Keep the ceiling of one dtype beside what is known of the device; as `keep`."""
+    entry = measured(device_name) or {}
+    rates = entry.get("tflops")
+    rates = {**(rates if isinstance(rates, dict) else {}), dtype: tflops}
+    return keep(device_name, {**entry, **facts, "tflops": rates})
 
 
 def keep(device_name: str, entry: dict[str, Any]) -> Path:

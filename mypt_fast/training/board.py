@@ -8,7 +8,7 @@ from typing import Any
 from mypt_fast.errors import ConfigError
 from mypt_fast.training.events import EventLog
 
-STEPS = ("loss", "lr", "grad_norm", "tokens_per_sec")
+STEPS = ("loss", "lr", "grad_norm", "tokens_per_sec", "mfu")
 NOT_SCALARS = ("iter", "elapsed_s", "tokens_processed", "progress_pct", "lr", "eval_duration_s")
 INCIDENTS = ("skipped_step", "loss_spike", "rollback", "oom", "phase_switch", "gold_blocked")
 

@@ -242,10 +242,21 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> str:
-    """One phrase for the start line."""
+    """One phrase for the start line, and the name that its ceiling is kept under."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's own name, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return next(
+            x.split(":")[1].strip() for x in text.splitlines() if x.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or f"{platform.machine()} CPU"
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -81,17 +81,21 @@ class Journal:
                 "mlp_type": cfg.mlp_type,
                 "norm_type": cfg.norm_type,
             },
+            **self.run.ceilings.fields(),
         )
 
     def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
         """Log one optimizer step."""
+        speed = self.tokens_per_step / seconds
+        mfu = self.run.ceilings.mfu(speed)
         self.log.write(
             "train",
             iter=step,
             loss=loss6(loss),
             lr=lr,
             grad_norm=loss6(norm),
-            tokens_per_sec=round(self.tokens_per_step / seconds),
+            tokens_per_sec=round(speed),
+            **({} if mfu is None else {"mfu": round(mfu, 4)}),
         )
 
     def plan_checked(self, step: int, predicted: int, measured: int) -> None:
@@ -243,6 +247,7 @@ class Journal:
             total_tokens=tokens,
             steps_per_sec=round(steps / elapsed, 3),
             tokens_per_sec=round(tokens / elapsed, 0),
+            **self.run.ceilings.shares(tokens / elapsed),
             final_train_loss=loss6(train),
             final_val_loss=loss6(val),
             best_val_loss=loss6(gold.best_val_loss),
@@ -262,6 +267,7 @@ class Journal:
         console.say(
             f"final: train {train:.4f} | val {val:.4f} | {console.count(tokens)} tokens in "
             f"{console.span(elapsed)} | {tokens / elapsed:,.0f} tokens/s"
+            f"{self.run.ceilings.words(tokens / elapsed)}"
         )
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 
 import torch
 
 from mypt_fast import accounting, console, kernels
+from mypt_fast.planner import cards
+from mypt_fast.planner import speed as speeds
+from mypt_fast.planner.table import POLICIES
 from mypt_fast.training import device as devices
 from mypt_fast.training.run import Run
 
-# Of a bare matmul's speed that a whole training step reaches, roughly (measured on a CPU: the
-# faster the matmul, the more the rest weighs).
-MODEL_SHARE = {torch.float32: 0.6, torch.bfloat16: 0.3, torch.float16: 0.3}
+# 1 / MFU of a step on a CPU, measured there (docs/decisions.md): this for the matmuls, and that per
+# element of the residual streams of a token and model FLOP for everything else.
+CPU_COST = {torch.float32: (1.34, 8e3), torch.bfloat16: (1.66, 20e3), torch.float16: (1.66, 20e3)}
 
 # What the start line says of a recompute policy.
 AGAIN = {
@@ -30,19 +32,22 @@ STATES = {
 }
 
 
-def estimated_tokens_per_s(run: Run) -> float:
-    """A rough speed: model FLOPs at a share of a short matmul's rate on this device."""
-    n = 512
-    a = torch.ones(n, n, device=run.device, dtype=run.precision.dtype)
-    rates = []
-    for _ in range(6):  # the first is warm-up; the best of the rest hides other programs
-        began = time.perf_counter()
-        a @ a
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        rates.append(2 * n**3 / (time.perf_counter() - began))
-    share = MODEL_SHARE[run.precision.dtype]
-    return share * max(rates[1:]) / accounting.flops_per_token(run.settings.model)
+def estimated_tokens_per_s(run: Run) -> float | None:
+    """A rough speed: an MFU as steps reach it; None where the device's ceiling is not known.
+
+    On a GPU as `mypt-fast plan` estimates it, but for the memory's part.
+    """
+    of_one = run.ceilings.mfu(1.0)
+    if of_one is None:
+        return None
+    cfg = run.settings.model
+    if run.device.type == "cpu":
+        matmuls, rest = CPU_COST[run.precision.dtype]
+        elements = cfg.n_layer * cfg.n_embd / run.ceilings.flops_per_token
+        return 1 / (of_one * (matmuls + rest * elements))
+    share = (run.ceilings.card or cards.Card).share
+    again = 1 + speeds.recomputed_share(cfg, POLICIES[run.plan.recompute])
+    return share * speeds.saturation(run.plan.micro_batch * cfg.block_size) / (of_one * again)
 
 
 def evaluation_work(run: Run, start_step: int) -> float:
@@ -85,6 +90,12 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     ways += [AGAIN[run.plan.recompute]] if run.plan.recompute in AGAIN else []
     resumed = " (resumed)" if s.resume else ""
     count, size = console.count, console.bytes_text
+    timing = []
+    if speed is not None:
+        timing.append(
+            f"time    about {console.span(work / speed)} at {count(speed)} tokens/s with "
+            "evaluations, guessed from the matmul ceiling"
+        )
     return [
         f"run     {s.model_name}: steps {start_step} to {train.max_iters} in {s.run_dir}{resumed}",
         f"model   {parameters} parameters: {cfg.n_layer} layers x {cfg.n_embd}, context "
@@ -95,6 +106,5 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
         f"{micro_steps} micro-step(s) of {run.plan.micro_batch}",
         f"device  {devices.describe(run.device)}: {', '.join(ways)}; {run.loader_note}",
         f"memory  about {size(predicted_bytes(run))} of {size(run.free_bytes)} free",
-        f"time    about {console.span(work / speed)} at {count(speed)} tokens/s with evaluations, "
-        "guessed from a matmul",
+        *timing,
     ]

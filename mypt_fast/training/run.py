@@ -18,6 +18,7 @@ from mypt_fast.training.borrowed import Source
 from mypt_fast.training.eval_prompts import read_prompts
 from mypt_fast.training.memory import MemoryPlan, choose_plan
 from mypt_fast.training.sources import DataOpener, Phase
+from mypt_fast.training.utilisation import Ceilings
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Run:
     notices: list[str] = field(default_factory=list)
     prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
     how_to_continue: str = ""  # what a run that was stopped tells
+    ceilings: Ceilings = field(default_factory=Ceilings)
     mypt_words: bool = False  # scripts that call fit read MyPT's lines, not ours
     attention: str | None = None  # the kernel tried first; None: as torch decides
 

@@ -170,7 +170,7 @@ class Trainer:
         self.journal.step(self.step, loss, lr, norm, seconds)
         self.store.progress.losses_since_eval.append(loss)
         speed, peak = self.tokens_per_step / seconds, devices.peak_bytes(self.device)
-        self.live.step(self.step + 1, loss, speed, peak)
+        self.live.step(self.step + 1, loss, speed, peak, self.run.ceilings.mfu(speed))
         self.taken += 1
         planned = self.run.plan.predicted
         if self.taken == 2 and planned is not None:  # the moments exist, and nothing is new

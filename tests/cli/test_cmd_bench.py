@@ -24,7 +24,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quick, "TOKENS", 20_000)
     monkeypatch.setattr(quick, "HEAD_QUICK", (16, 32, 300))
-    monkeypatch.setattr(quick, "matmul_rate", lambda clock, dtype, samples: 1e12)
+    monkeypatch.setattr(quick, "matmul_tflops", lambda device, dtype, seconds: 1.0)
     monkeypatch.setattr(quick, "choose", lambda device, short: ("tiny", 2, ModelConfig(**SMALL)))
     return tmp_path
 
@@ -57,9 +57,10 @@ def test_the_record_has_its_schema_and_its_numbers_agree(small, capsys) -> None:
     assert step["tokens_per_step"] == 2 * 16
     assert step["tokens_per_s"] == pytest.approx(32 / step["median_s"])
     per_token = accounting.flops_per_token(ModelConfig(**SMALL))
-    assert step["of_matmul"] == pytest.approx(step["tokens_per_s"] * per_token / 1e12)
+    assert step["mfu"] == pytest.approx(step["tokens_per_s"] * per_token / 1e12)
     out = capsys.readouterr()
-    assert f"{step['tokens_per_s']:,.0f} tokens/s" in out.out
+    share = f"MFU {100 * step['mfu']:.0f} % of this machine's measured 1 TFLOP/s"
+    assert f"{step['tokens_per_s']:,.0f} tokens/s, {share}" in out.out
     assert "saved to mypt-fast-bench.json" in out.out
 
 

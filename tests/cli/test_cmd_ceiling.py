@@ -39,6 +39,42 @@ def test_nothing_is_kept_when_asked_not_to(capsys):
     assert not ceiling.ceiling_file().exists()
 
 
+def test_what_was_published_for_the_card_stands_beside_it(capsys, monkeypatch):
+    words = ["ceiling", "--device", "cpu", "--no_save"]
+    assert main([*words, "--json"]) == 0
+    assert "published" not in json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(devices, "describe", lambda device: "NVIDIA GeForce RTX 5060 Ti")
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["published"]
+    assert (found["card"], found["tflops"]["bf16"]) == ("RTX 5060 Ti", 46.1)
+    assert found["source"].startswith("zzc0721/torch-performance-test-data #129")
+    assert main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        last == f"others  fp16 45.9, bf16 46.1, fp32 15.9 TFLOP/s: RTX 5060 Ti, {found['source']}"
+    )
+
+
+def test_sizes_that_would_take_too_long_are_left_out(monkeypatch):
+    asked = []
+
+    def slow(run, device, budget):
+        asked.append(budget)
+        return 2 * 64**3 / 1e6  # of the first size: a million FLOPs a second
+
+    monkeypatch.setattr(measuring, "best_seconds", slow)
+    assert measuring.matmul_tflops(CPU, torch.float32, 0.2) == pytest.approx(1e-6)
+    assert asked == [0.1]
+
+
+def test_measuring_draws_none_of_the_trainings_numbers():
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    measuring.matmul_tflops(CPU, torch.float32, 0.01)
+    assert torch.equal(torch.rand(3), want)
+
+
 def test_a_device_that_is_not_there_is_one_line(capsys):
     assert main(["ceiling", "--device", "tpu"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown device 'tpu'")

@@ -12,7 +12,6 @@ import pytest
 
 from mypt_fast import presets
 from mypt_fast.cli import cmd_plan, main
-from mypt_fast.errors import ConfigError
 from mypt_fast.planner import ceiling, table
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +140,9 @@ def test_what_is_not_known_is_one_line(capsys, words, line):
 def choices(tmp_path, typed=None, **fields):
     path = tmp_path / "preset.json"
     path.write_text(json.dumps({"n_embd": 64, "n_head": 4, "batch_size": 8, **fields}))
-    return cmd_plan.choices_for(presets.load(str(path)), {"state": None, "recompute": None, **(typed or {})})
+    return cmd_plan.choices_for(
+        presets.load(str(path)), {"state": None, "recompute": None, **(typed or {})}
+    )
 
 
 def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):

@@ -188,3 +188,23 @@ def test_without_matplotlib_the_cure_is_named(monkeypatch, capsys) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["plot", "m"]) == 2
     assert "pip install 'mypt_fast[plot]'" in capsys.readouterr().err
+
+
+def test_speed_has_mfu_on_its_right_where_the_log_has_it(log, tmp_path, monkeypatch) -> None:
+    seen, finish = [], plot._Panels.finish
+
+    def watch(self, *words: str) -> None:
+        finish(self, *words)
+        self.figure.draw_without_rendering()
+        panel = self.below["tokens_per_sec"]
+        for axis in panel.child_axes:
+            seen.append(axis.get_ylabel())
+            assert axis.get_ylim()[1] / panel.get_ylim()[1] == pytest.approx(0.4 / 50)
+
+    monkeypatch.setattr(plot._Panels, "finish", watch)
+    assert main(["plot", "m", "--out", "a.png"]) == 0
+    assert seen == []
+    write(log, ({**e, "mfu": 0.4} if e["event"] == "train" else e for e in events(0, 30)))
+    assert main(["plot", "m", "--out", "a.png"]) == 0
+    assert seen == ["MFU"]
+    assert is_png(tmp_path / "a.png")

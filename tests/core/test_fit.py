@@ -68,6 +68,17 @@ def test_it_moves_the_callers_model_and_optimizer_and_returns_the_final_losses()
     assert losses["train"] == pytest.approx(done["final_train_loss"], abs=1e-6)
 
 
+def test_mfu_is_in_the_log_and_not_among_mypts_lines(capsys) -> None:
+    cfg = config()
+    run(cfg, TextLoader(cfg), 3)
+    start, steps = events("fit.jsonl", "training_start")[0], events("fit.jsonl", "train")
+    assert start["ceiling_tflops"] > 0
+    assert all(0 <= e["mfu"] < 10 for e in [*steps, *events("fit.jsonl", "training_complete")])
+    out = capsys.readouterr().out
+    assert "TRAINING COMPLETE" in out
+    assert "MFU" not in out
+
+
 @pytest.mark.parametrize("start", [4, 9])
 def test_a_start_at_or_past_the_end_evaluates_and_trains_nothing(start, capsys) -> None:
     cfg = config()

@@ -31,9 +31,9 @@ from mypt_fast.errors import DataError
 STEPS = 12
 # of the wall clock, or counted anew by each call, as MyPT counts them
 PROJECTED = (
-    "timestamp", "started_at", "elapsed_s", "eval_duration_s", "tokens_per_sec", "steps_per_sec",
-    "total_elapsed_s", "total_elapsed_h", "total_steps", "total_tokens", "tokens_processed",
-    "progress_pct",
+    "timestamp", "started_at", "elapsed_s", "eval_duration_s", "tokens_per_sec", "mfu",
+    "steps_per_sec", "total_elapsed_s", "total_elapsed_h", "total_steps", "total_tokens",
+    "tokens_processed", "progress_pct",
 )  # fmt: skip
 RUN = {"grad_accum_steps": 2, "checkpoint_dir": "runs/toy", "eval_seed": 7, "warmup_iters": 0.25}
 

@@ -32,9 +32,9 @@ from mypt_fast.training.signals import EXIT_CODES  # noqa: E402
 
 # Clocks, and what the log's format counts from the last start on.
 SINCE_START = {
-    "timestamp", "started_at", "elapsed_s", "eval_duration_s", "tokens_per_sec", "steps_per_sec",
-    "total_elapsed_s", "total_elapsed_h", "tokens_processed", "progress_pct", "total_steps",
-    "total_tokens",
+    "timestamp", "started_at", "elapsed_s", "eval_duration_s", "tokens_per_sec", "mfu",
+    "steps_per_sec", "total_elapsed_s", "total_elapsed_h", "tokens_processed", "progress_pct",
+    "total_steps", "total_tokens",
 }  # fmt: skip
 
 

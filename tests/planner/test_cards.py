@@ -69,16 +69,31 @@ def test_a_measurement_is_kept_for_its_device_alone(cache):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_the_ceiling_of_one_dtype_is_added_to_what_is_known():
+    ceiling.keep("RTX 4090", {"tflops": {"bf16": 160.0}, "gb_per_s": 900.0})
+    ceiling.add("RTX 4090", "fp16", 161.0, measured="2026-11-20")
+    found = ceiling.measured("NVIDIA GeForce RTX 4090")
+    assert found["tflops"] == {"bf16": 160.0, "fp16": 161.0}
+    assert (found["gb_per_s"], found["measured"]) == (900.0, "2026-11-20")
+
+
+def test_a_name_of_no_card_is_none_or_an_error_with_the_nearest():
+    assert cards.known("NVIDIA GeForce RTX 4090") is cards.find("RTX 4090")
+    assert cards.known("x86_64 CPU, 2 of 2 threads") is None
+    assert cards.known("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[1]", '{"4090": 3}', '{"4090": {"tflops": [1]}}', "[" * 100_000,
-     '{"4090": {"tflops": {"bf16": "x"}}}', '{"4090": {"tflops": {"bf16": -1}}}'],
+     '{"4090": {"tflops": {"bf16": "x"}}}', '{"4090": {"tflops": {"bf16": -1}}}',
+     '{"4090": {"tflops": {"bf16": NaN, "fp16": Infinity, "fp32": 1e-300}}}'],
 )  # fmt: skip
 def test_a_file_that_is_no_good_counts_as_no_measurement(text):
     path = ceiling.ceiling_file()
     path.parent.mkdir(parents=True)
     path.write_text(text)
     assert ceiling.measured_ceiling("RTX 4090") is None
-    ceiling.keep("RTX 4090", {"tflops": {"bf16": 1.0}})
-    assert ceiling.measured_ceiling("RTX 4090") == 1
+    ceiling.add("RTX 4090", "bf16", 1.0)
+    assert ceiling.measured_ceiling("RTX 4090", "bf16") == 1
     assert json.loads(path.read_text())["4090"]["name"] == "RTX 4090"

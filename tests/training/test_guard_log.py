@@ -170,7 +170,7 @@ def test_tensorboard_shows_the_events_of_the_log(train, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     assert train("a", "--tensorboard", "board") == 0
     assert shown[0] == ("begin", "board", 0)
-    for key in ("loss", "lr", "grad_norm", "tokens_per_sec"):
+    for key in ("loss", "lr", "grad_norm", "tokens_per_sec", "mfu"):
         want = [(f"train/{key}", e[key], e["iter"]) for e in events("a", "train")]
         assert [s for s in shown if s[0] == f"train/{key}"] == want
     want = [("eval/val_loss", e["val_loss"], e["iter"]) for e in events("a", "eval")]

@@ -24,6 +24,7 @@ WALL_CLOCK = (
     "elapsed_s",
     "eval_duration_s",
     "tokens_per_sec",
+    "mfu",
     "tokens_processed",
     "progress_pct",
 )

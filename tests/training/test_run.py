@@ -134,6 +134,7 @@ def test_the_console_reads_as_the_documents_say(train, capsys) -> None:
     for pattern, shown in (
         (r"\d\d:\d\d:\d\d", "HH:MM:SS"), (r"\| ETA [\d.]+[mh]", "| ETA 0m"),
         (r"\| \d+m", "| 0m"), (r"in \d+s \| [\d,]+ tokens/s", "in 0s | N tokens/s"),
+        (r"MFU \d+ % of (.*) [\d.e-]+ TFLOP/s", r"MFU N % of \1 N TFLOP/s"),
         (r"(?m)^(device|memory|time ).*$", r"\1 ..."),
     ):  # fmt: skip
         out = re.sub(pattern, shown, out)
