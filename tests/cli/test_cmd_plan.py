@@ -12,7 +12,7 @@ import pytest
 
 from mypt_fast import presets
 from mypt_fast.cli import cmd_plan, main
-from mypt_fast.planner import ceiling, table
+from mypt_fast.planner import ceiling, search, table
 
 ROOT = Path(__file__).parents[2]
 PRESET = ["plan", "--config", "500M_1024"]

@@ -93,7 +93,7 @@ def found(monkeypatch) -> list[list[str]]:
     def counted(self: Trainer) -> bool:
         if not self.step:
             return step(self)
-        assert self.run.micro_batch * 4 == self.settings.global_batch
+        assert self.run.plan.micro_batch * 4 == self.settings.global_batch
         moved: list[bool] = []
         each.append(reads_of(lambda: moved.append(step(self))))
         return moved[0]
