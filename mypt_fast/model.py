@@ -235,6 +235,14 @@ def join(
     return norm.join(branch, x, p, seed)
 
 
+def run_block(
+    block: Block, x: Tensor, branch: Tensor | None, place: Place, layer: int,
+    seeds: Sequence[Tensor | None],
+) -> Pair:  # fmt: skip
+    """`Block.forward`, as what `GPT.compile_blocks` compiles once for all layers."""
+    return block(x, branch, place, layer, seeds)
+
+
 class GPT(nn.Module):
     """A pre-norm decoder with MyPT's options.
 
@@ -246,6 +254,7 @@ class GPT(nn.Module):
     """
 
     block: type[Block] = Block
+    run_block = staticmethod(run_block)
 
     def __init__(
         self,
@@ -349,6 +358,10 @@ class GPT(nn.Module):
             documents=documents,
         )  # fmt: skip
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile run the blocks: one is compiled, all layers share its code."""
+        self.run_block = torch.compile(run_block)  # type: ignore[method-assign]
+
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.
 
@@ -384,8 +397,9 @@ class GPT(nn.Module):
         # the first branch has no dropout before it: seeds belong to joins 1 .. 2 n_layer
         per_join = [None] * (2 * len(self.blocks) + 1) if seeds is None else [None, *seeds.unbind()]
         branch = None
+        run = self.run_block if cache is None else run_block  # each length would be compiled anew
         for layer, block in enumerate(self.blocks):
-            x, branch = block(x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
+            x, branch = run(block, x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
         if cache is not None:
             cache.length += T
         return join(self.ln_f, x, branch, self.config.dropout, per_join[-1])[0]
