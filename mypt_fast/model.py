@@ -236,7 +236,7 @@ def join(
 
 
 def run_block(
-    block: Block, x: Tensor, branch: Tensor | None, place: Place, layer: int,
+    block: nn.Module, x: Tensor, branch: Tensor | None, place: Place, layer: int,
     seeds: Sequence[Tensor | None],
 ) -> Pair:  # fmt: skip
     """`Block.forward`, as what `GPT.compile_blocks` compiles once for all layers."""
@@ -360,7 +360,9 @@ class GPT(nn.Module):
 
     def compile_blocks(self) -> None:
         """Let torch.compile run the blocks: one is compiled, all layers share its code."""
-        self.run_block = torch.compile(run_block)  # type: ignore[method-assign]
+        # the first block, evaluation, frozen layers, a smaller batch: each has a graph of its own
+        graphs = torch._dynamo.config.patch(recompile_limit=64)
+        self.run_block = graphs(torch.compile(run_block))
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.

@@ -12,7 +12,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from mypt_fast import __version__
+from mypt_fast import __version__, cache, console
 from mypt_fast.errors import MyptError
 
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "bench": "measure how fast this machine trains",
     "tune": "choose how kernels are launched on this GPU",
 }
+COMPILING = {"train", "run", "generate", "verify-resume", "bench", "tune"}
 ALIASES = {"--config": "--config_file"}
 EPILOG = """\
 start here:
@@ -133,6 +134,8 @@ def dispatch(argv: list[str]) -> int:
         args.passed_on = passed_on
     else:
         args = parser.parse_or_suggest(spell(rest))
+    if name in COMPILING and (why := cache.keep_compiled()):
+        console.notice(f"note: what is compiled is not kept in the cache folder: {why}")
     return int(module.run(args))
 
 

@@ -129,10 +129,10 @@ def _uncached(model: GPT, ids: list[int], count: int, between: Callable[[], None
 
 @contextmanager
 def _uncompiled(model: GPT) -> Iterator[None]:
-    """The plain `hidden`: a compiled one would be compiled anew for every length."""
-    compiled = model.__dict__.pop("hidden", None)
+    """The plain blocks: compiled ones would be compiled anew for every length."""
+    compiled = model.__dict__.pop("run_block", None)
     try:
         yield
     finally:
         if compiled is not None:
-            model.hidden = compiled  # type: ignore[method-assign]
+            model.run_block = compiled

@@ -9,6 +9,7 @@ import torch
 
 from mypt_fast import accounting, console, kernels
 from mypt_fast.training import device as devices
+from mypt_fast.training.compiling import Choice
 from mypt_fast.training.run import Run
 
 # Of a bare matmul's speed that a whole training step reaches, roughly (measured on a CPU: the
@@ -47,7 +48,7 @@ def evaluation_work(run: Run, start_step: int) -> float:
     return (during * sum(per_set) + final) * s.model.block_size / 3
 
 
-def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
+def plan_lines(run: Run, start_step: int, choice: Choice) -> list[str]:
     """The plan of a run as people read it."""
     s, cfg, train = run.settings, run.settings.model, run.settings.train
     tokens_per_step = s.global_batch * cfg.block_size
@@ -56,8 +57,8 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     passes = train.max_iters * tokens_per_step / run.train_tokens
     micro_steps = math.ceil(s.global_batch / run.micro_batch)
     parameters = console.count(accounting.count_parameters(cfg).total)
-    ways = [run.precision.name, "compiled" if compiled else "eager"]
-    ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, compiled))
+    ways = [run.precision.name, choice.words]
+    ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, choice.compiled))
     ways += [STATES[train.state]] if train.state in STATES else []
     ways += ["activations recomputed"] if cfg.use_checkpoint else []
     needed = accounting.training_bytes(

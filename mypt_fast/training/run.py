@@ -13,6 +13,7 @@ from mypt_fast.settings import Settings
 from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import device as devices
 from mypt_fast.training.borrowed import Source
+from mypt_fast.training.compiling import Choice
 from mypt_fast.training.eval_prompts import read_prompts
 from mypt_fast.training.memory import choose_micro_batch
 from mypt_fast.training.sources import DataOpener, Phase
@@ -36,6 +37,7 @@ class Run:
     notices: list[str] = field(default_factory=list)
     prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
     how_to_continue: str = ""  # what a run that was stopped tells
+    choice: Choice | None = None  # of `compiling.choose`
     mypt_words: bool = False  # scripts that call fit read MyPT's lines, not ours
 
     def close(self) -> None:

@@ -241,6 +241,8 @@ class Store:
             "use_checkpoint": cfg.use_checkpoint,
             "precision": self.run.precision.name,
             "state": self.settings.train.state,
+            "device": self.run.device.type,
+            "compiled": self.run.choice is not None and self.run.choice.compiled,
         }
         return state
 
