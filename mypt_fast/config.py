@@ -187,7 +187,11 @@ class TrainConfig:
         "of the same fp32 values; fast: that, bf16 gradients and 8-bit moments, not exact",
         choices=("exact", "exact16", "fast"),
     )
-    compile: str = opt("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    compile: str = opt(
+        "auto",
+        "torch.compile; auto: on a GPU, and on a CPU where it pays back",
+        choices=("auto", "on", "off"),
+    )
     kernels: str = opt(
         "auto",
         "what runs the operators; auto: what is fastest on the device",

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mypt_fast.accounting import flops_per_token
 from mypt_fast.config import TrainConfig
 from mypt_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from mypt_fast.training.run import Run
 
-# Measured on two cores (bench/results/cpu/start.json; docs/decisions.md). GAIN: the share of an
-# eager step that compiling the blocks saves. COMPILE_S: a cold start's compilation, evaluation's
-# graphs included. Warm caches make it cheaper, but whether they are warm is not known before.
-GAIN = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 0.0}
+# Measured on two cores (docs/decisions.md). GAIN: the share of its eager time that a compiled block
+# saves, SwiGLU's, the least measured; GELU blocks save nothing, and dropout makes compiled ones slower than eager.
+# COMPILE_S: a cold start's compilation, evaluation's graphs included. Warm caches make it cheaper,
+# but whether they are warm is not known before.
+GAIN = 0.09
 COMPILE_S = 60.0
 MARGIN = 2.0  # times the predicted price that must be won: speed and gain are guesses
 
@@ -107,8 +109,13 @@ def _payback(run: Run, start_step: int) -> Choice:
     from mypt_fast.training.plan import estimated_tokens_per_s
 
     s, left = run.settings, run.settings.train.max_iters - start_step
-    step_s = s.global_batch * s.model.block_size / estimated_tokens_per_s(run)
-    saved_s = GAIN[run.precision.dtype] * step_s
+    cfg = s.model
+    one_graph = s.train.documents in ("auto", "concat")  # documents break a block's on a CPU
+    if cfg.mlp_type != "swiglu" or cfg.dropout or not one_graph:
+        return Choice(False, "eager")
+    step_s = s.global_batch * cfg.block_size / estimated_tokens_per_s(run)
+    head = 6 * cfg.n_embd * cfg.vocab_size / flops_per_token(cfg)  # is not compiled
+    saved_s = GAIN * (1 - head) * step_s
     if saved_s * left < MARGIN * COMPILE_S:
         return Choice(False, "eager")
     return Choice(True, f"compiled: pays back after {COMPILE_S / saved_s:,.0f} of {left:,} steps")

@@ -8,6 +8,7 @@ the own card comes first: a table of the same form in the cache folder, see `use
 import contextlib
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mypt_fast import cache
 from mypt_fast.errors import ConfigError
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -157,7 +157,9 @@ def nearest(arch: int) -> int:
 
 def user_table(arch: int) -> Path:
     """Where `mypt-fast tune` leaves what it measured: below $XDG_CACHE_HOME or ~/.cache."""
-    return cache.folder() / f"launch-sm_{arch}.json"
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~"), ".cache")
+    return base / "mypt_fast" / f"launch-sm_{arch}.json"
 
 
 @functools.cache
