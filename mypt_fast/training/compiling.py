@@ -18,10 +18,10 @@ from mypt_fast.errors import ConfigError
 if TYPE_CHECKING:
     from mypt_fast.training.run import Run
 
-# Measured on two cores (docs/decisions.md). GAIN: the share of its eager time that a compiled block
-# saves, SwiGLU's, the least measured; GELU blocks save nothing, and dropout makes compiled ones slower than eager.
-# COMPILE_S: a cold start's compilation, evaluation's graphs included. Warm caches make it cheaper,
-# but whether they are warm is not known before.
+# Measured on two cores (docs/decisions.md). GAIN: the share of its eager time that a SwiGLU block
+# saves compiled, the least of two dtypes; GELU blocks save nothing, and dropout makes compiled ones
+# slower. COMPILE_S: a cold start's compilation, evaluation's graphs included. Warm caches make it
+# cheaper, but whether they are warm is not known before.
 GAIN = 0.09
 COMPILE_S = 60.0
 MARGIN = 2.0  # times the predicted price that must be won: speed and gain are guesses
