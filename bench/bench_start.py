@@ -5,7 +5,7 @@ caches, a warm one those that a cold one left. The ways take turns, and so do th
 after: a drift of the machine hits all alike. The CPU seconds are those of the process and of the
 compilers that it starts; where others use the machine, they say more than the clock.
 
-    pytest bench/bench_start.py --benchmark-only       one warm start of two layers
+    pytest bench/bench_start.py --benchmark-only       one warm start of a layer
     python bench/bench_start.py [--cases tiny-bf16,..] all of them, to bench/results/<device>/
 """
 
@@ -35,7 +35,7 @@ CASES = {
 }  # fmt: skip
 COLD = 3
 LITTLE = {
-    "batch_size": 2, "block_size": 32, "vocab_size": 64, "n_embd": 32, "n_head": 2, "n_layer": 2,
+    "batch_size": 2, "block_size": 32, "vocab_size": 64, "n_embd": 32, "n_head": 2, "n_layer": 1,
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def test_warm_start(benchmark, tmp_path) -> None:
-    """Two small layers: with a cold start before it, a few seconds."""
+    """One small layer; a cold start goes before it."""
     preset = tmp_path / "little.json"
     preset.write_text(json.dumps(LITTLE))
     with suite(Case(str(preset), "fp32", 2), 16.0, minutes=5.0) as run:
