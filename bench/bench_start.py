@@ -5,7 +5,7 @@ caches, a warm one those that a cold one left. The ways take turns, and so do th
 after: a drift of the machine hits all alike. The CPU seconds are those of the process and of the
 compilers that it starts; where others use the machine, they say more than the clock.
 
-    pytest bench/bench_start.py --benchmark-only       one warm start of a layer
+    pytest bench/bench_start.py --benchmark-only       one cold start of a layer
     python bench/bench_start.py [--cases tiny-bf16,..] all of them, to bench/results/<device>/
 """
 
@@ -113,15 +113,13 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{name} {starts}, step {row['median_s']:.3f} s{times}", flush=True)
 
 
-def test_warm_start(benchmark, tmp_path) -> None:
-    """One small layer; a cold start goes before it."""
+def test_cold_start(benchmark, tmp_path) -> None:
+    """One small layer."""
     preset = tmp_path / "little.json"
     preset.write_text(json.dumps(LITTLE))
     with suite(Case(str(preset), "fp32", 2), 16.0, minutes=5.0) as run:
         benchmark.group = "start: until the first optimised step"
-        start(run, BLOCKS)[0].close()
-        model = benchmark.pedantic(lambda: start(run, BLOCKS)[0], rounds=1)
-        model.close()
+        benchmark.pedantic(lambda: start(run, BLOCKS)[0], rounds=1).close()
 
 
 def main() -> int:
