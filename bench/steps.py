@@ -4,7 +4,7 @@
 
 It builds, compiles and warms up, says so in one line of JSON, and then answers every line it
 reads: a number with the seconds of that many steps, `loss` with the loss on a batch never trained
-on (dropout off), after which it takes no more steps. A variant is KIND[/SAVE][-eager]:
+on (dropout off), after which it takes no more steps. A variant is KIND[/SAVE][-eager|-whole]:
 
 | KIND | what |
 |---|---|
@@ -14,12 +14,14 @@ on (dropout off), after which it takes no more steps. A variant is KIND[/SAVE][-
 | hf | transformers' LLaMA with Liger where installed (hf_gpt.py) |
 
 All start from the same weights and see the same batches, AdamW, clipping and autocast, and are
-compiled unless their name ends in -eager: ours as the trainer does, the others whole.
+compiled unless their name ends in -eager: ours as the trainer does, or whole where the name says
+so, the others whole.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,15 +54,16 @@ class Variant:
     kind: str
     save: str
     compiled: bool
+    whole: bool  # one graph of all layers
 
     @classmethod
     def named(cls, name: str) -> "Variant":
-        """Parse KIND[/SAVE][-eager]."""
+        """Parse KIND[/SAVE][-eager|-whole]."""
         rest, _, way = name.partition("-")
         kind, _, save = rest.partition("/")
-        if way not in ("", "eager"):
-            raise ValueError(f"variant {name}: expected KIND[/SAVE][-eager]")
-        return cls(kind, save or "all", way == "" and kind != "mypt")
+        if way not in ("", "eager", "whole"):
+            raise ValueError(f"variant {name}: expected KIND[/SAVE][-eager|-whole]")
+        return cls(kind, save or "all", way != "eager" and kind != "mypt", way == "whole")
 
     @property
     def ours(self) -> bool:
@@ -89,8 +92,10 @@ def build(name: str, cfg: ModelConfig, device: str) -> tuple[nn.Module, LossOf, 
         def mean(x: Tensor, y: Tensor) -> Tensor:
             return model(x, y) / y.numel()
 
-        if variant.compiled:
-            model.hidden = torch.compile(model.hidden)  # as the trainer does
+        if variant.whole:
+            model.hidden = torch.compile(model.hidden)
+        elif variant.compiled:
+            model.compile_blocks()  # as the trainer does
         return model, mean, mean
     if variant.kind == "hf":
         model = hf_gpt.HfGPT(cfg, device)
@@ -149,7 +154,9 @@ class Stepper:
     def final_loss(self) -> float:
         """The loss on a batch never trained on, dropout off; what was compiled is taken off."""
         self.model.eval()
-        self.model.__dict__.pop("hidden", None)
+        if isinstance(self.model, GPT):
+            self.model.__dict__.pop("hidden", None)
+            self.model.plain_blocks()
         x, y = batch(self.cfg, self.rows, UNSEEN, self.device)
         return self.forward(self.mean, x, y)[1].item()
 
@@ -163,9 +170,11 @@ def ready(
         try:
             began = time.perf_counter()
             step = Stepper(variant, cfg, rows, device, dtype)
-            first = [step() for _ in range(WARM_UP)]
+            first = [step()]
+            at = {"first_step_at": time.monotonic(), "first_step_cpu_s": cpu_seconds()}
+            first += [step() for _ in range(WARM_UP - 1)]
             return step, {
-                "ready": variant, "micro_batch": rows, "did_not_fit": tried,
+                "ready": variant, "micro_batch": rows, "did_not_fit": tried, **at,
                 "tokens_per_step": rows * cfg.block_size, "warm_up_s": first,
                 "start_s": time.perf_counter() - began, **compile_counts(),
             }  # fmt: skip
@@ -178,6 +187,12 @@ def ready(
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and the compilers it has started."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def compile_counts() -> dict[str, Any]:

@@ -93,9 +93,10 @@ def test_batches_are_the_same_for_all_and_another_each_step(bench) -> None:
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("auto", ("auto", "all", True)), ("auto-eager", ("auto", "all", False)),
-        ("triton/input", ("triton", "input", True)), ("mypt", ("mypt", "all", False)),
-        ("reference/gate_up-eager", ("reference", "gate_up", False)),
+        ("auto", ("auto", "all", True, False)), ("auto-eager", ("auto", "all", False, False)),
+        ("auto-whole", ("auto", "all", True, True)), ("mypt", ("mypt", "all", False, False)),
+        ("triton/input", ("triton", "input", True, False)),
+        ("reference/gate_up-eager", ("reference", "gate_up", False, False)),
     ],
 )  # fmt: skip
 def test_names_of_variants(bench, name, found) -> None:
