@@ -177,7 +177,7 @@ def aot_eager(monkeypatch):
     return counter
 
 
-@pytest.mark.filterwarnings(DYNAMO)
+@pytest.mark.filterwarnings(DYNAMO, "ignore:The .grad attribute of a Tensor")  # hidden by torch
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("style", STYLES)
 def test_finite_differences_agree_where_blocks_are_compiled(style, policy, aot_eager):
