@@ -153,7 +153,7 @@ def losses(gpt: GPT, rows: int, **inputs) -> float:
     ({"use_checkpoint": True}, 1),
 ], ids=["gpt2", "llama", "checkpoint"])  # fmt: skip
 def test_all_layers_share_two_graphs(options, training, monkeypatch) -> None:
-    """The first block's, which no branch joins, and that of all others; run again, all are alike."""
+    """The first block's, which no branch joins, and all others'; blocks that run again are alike."""
     plain, gpt = model(**options), model(**options)
     counter = graphs(gpt, monkeypatch)
     assert losses(gpt, 4) == pytest.approx(losses(plain, 4), rel=1e-6)
@@ -166,7 +166,8 @@ def test_all_layers_share_two_graphs(options, training, monkeypatch) -> None:
     with torch.no_grad():
         losses(gpt, 6)
         losses(gpt, 3)
-    assert counter.frame_count == training + 2  # rows of any number: the second time already
+    # rows of any number from the second number on, which for blocks that run again is the third
+    assert counter.frame_count == (4 if training == 2 else 5)
 
 
 @pytest.mark.filterwarnings("error:.*recompile_limit")
