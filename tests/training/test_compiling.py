@@ -153,7 +153,7 @@ def losses(gpt: GPT, rows: int, **inputs) -> float:
     ({"use_checkpoint": True}, 1),
 ], ids=["gpt2", "llama", "checkpoint"])  # fmt: skip
 def test_all_layers_share_two_graphs(options, training, monkeypatch) -> None:
-    """The first block's, which no branch joins, and all others'; blocks that run again are alike."""
+    """The first block's, which no branch joins, and all others'; run again, they are alike."""
     plain, gpt = model(**options), model(**options)
     counter = graphs(gpt, monkeypatch)
     assert losses(gpt, 4) == pytest.approx(losses(plain, 4), rel=1e-6)
