@@ -155,6 +155,7 @@ def test_finite_differences_agree_beside_dropout(style, policy):
     assert difference == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(DYNAMO)
 @pytest.mark.parametrize("policy", ["norms", "mlp", "block"])
 @pytest.mark.parametrize("style", STYLES)
