@@ -42,7 +42,7 @@ from mypt_fast.benchmark.timing import median, quantile
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 PARTS = ("parity", "kernels", "steps")
-VARIANTS = "auto,plain,triton,inductor"
+VARIANTS = "auto/plan,auto/norms+exact16,auto,plain"
 SHARE = {"parity": 0.4, "kernels": 0.7}  # of the time left, when parts follow
 STEP_ROUNDS, STEPS_A_ROUND = 12, 4
 KERNEL_STARTS = 4  # of the bench: after a kernel that ended its process it goes on in a new one
@@ -189,7 +189,7 @@ class Model:
         self.process = suite.start(
             [
                 str(BENCH / "steps.py"), "--variant", variant, "--preset", args.preset,
-                "--micro-batch", str(args.micro_batch), "--cap-gib", str(args.cap_gib),
+                "--sequences", str(args.sequences), "--cap-gib", str(args.cap_gib),
                 "--device", args.device, "--dtype", args.dtype,
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
@@ -261,16 +261,16 @@ class Model:
 
 
 def write_steps(suite: Suite, models: list[Model]) -> None:
-    """All rows so far; each says whose it may be compared with: those of its micro-batch."""
+    """All rows so far; each says whose it may be compared with: those of as many tokens a step."""
     args, rows = suite.args, [m.row() for m in models]
     for row in rows:
-        size = row.get("micro_batch")
+        size = row.get("tokens_per_step")
         row["comparable_with"] = [
-            r["variant"] for r in rows if r is not row and size and r.get("micro_batch") == size
+            r["variant"] for r in rows if r is not row and size and r.get("tokens_per_step") == size
         ]
     suite.write("steps", {
         "preset": args.preset, "dtype": f"{args.dtype} autocast", "cap_gib": args.cap_gib,
-        "asked_micro_batch": args.micro_batch, "card_now": card(),
+        "sequences": args.sequences, "card_now": card(),
         "rows": rows,
     })  # fmt: skip
 
@@ -361,7 +361,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--variants", default=VARIANTS, help="of the steps, see steps.py")
     parser.add_argument("--preset", default="base/750M_unified_v1")
-    parser.add_argument("--micro-batch", type=int, default=1, help="halved until it fits")
+    parser.add_argument("--sequences", type=int, default=8, help="of a step")
     parser.add_argument("--cap-gib", type=float, default=16.0)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     args = parser.parse_args()

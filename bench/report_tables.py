@@ -149,6 +149,21 @@ def saves(rows: list[Row]) -> list[str]:
     return table(["what", "ms", "samples", "GB/s"], found)
 
 
+def start(rows: list[Row]) -> list[str]:
+    """Seconds of a process until its first optimised step, and the steps after it."""
+    words = {"auto": "ours, blocks compiled", "auto-whole": "ours, compiled whole"}
+    found = [
+        [
+            f"`{r['preset']}` {r['dtype']}", words.get(r["variant"]) or NAMES[r["variant"]],
+            *(spread(r[k]) for k in ("cold_s", "cold_cpu_s", "warm_s", "warm_cpu_s")),
+            number(r["times_eager"]["median"]) if "times_eager" in r else "",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    header = ["preset", "way", "cold, s", "CPU s", "warm, s", "CPU s", "steps, x eager"]
+    return table(header, found)
+
+
 def guard(rows: list[Row]) -> list[str]:
     """Cost per step."""
     found = [
@@ -266,5 +281,6 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "prepare": ("Text to tokens", prepare),
     "states": ("State layouts", states),
     "saves": ("Saves", saves),
+    "start": ("From a process's start to its first optimised step", start),
     "guard": ("Guards and log, per step", guard),
 }

@@ -1,25 +1,29 @@
 """Training steps of one model in a process of its own: gpu_suite.py and bench_step.py ask it.
 
-    python bench/steps.py --variant triton --preset base/750M_unified_v1 --micro-batch 2
+    python bench/steps.py --variant auto/norms+exact16 --preset base/750M_unified_v1 --sequences 96
 
 It builds, compiles and warms up, says so in one line of JSON, and then answers every line it
 reads: a number with the seconds of that many steps, `loss` with the loss on a batch never trained
-on (dropout off), after which it takes no more steps. A variant is KIND[/SAVE][-eager]:
+on (dropout off), after which it takes no more steps. A step of --sequences is taken in the largest
+micro-batches that fit. A variant is KIND[/POLICY[+STATE]][-eager|-whole]:
 
 | KIND | what |
 |---|---|
-| auto, triton, inductor, reference | ours: what `GPT(kernels=...)` takes; /SAVE is its `mlp_save` |
+| auto, triton, inductor, reference | ours: what `GPT(kernels=...)` takes |
 | plain | the same model in plain PyTorch (plain_gpt.py) |
 | mypt | in MyPT's manner (mypt_gpt.py); always eager |
 | hf | transformers' LLaMA with Liger where installed (hf_gpt.py) |
 
-All start from the same weights and see the same batches, AdamW, clipping and autocast, and are
-compiled unless their name ends in -eager: ours as the trainer does, the others whole.
+Of ours, POLICY and STATE are those of `train --recompute` and `--state`, none and exact where they
+are not named; the policy "plan" is what the planner chooses under the cap. All start from the same
+weights and see the same batches, AdamW, clipping and autocast, and are compiled unless their name
+ends in -eager: ours as the trainer does, or whole where the name says so, the others whole.
 """
 
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +40,10 @@ from mypt_fast import presets
 from mypt_fast.accounting import count_parameters
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.model import GPT
+from mypt_fast.planner import search, step, table
+from mypt_fast.planner.operators import Setup
 from mypt_fast.training import device as devices
-from mypt_fast.training.optim import adamw
+from mypt_fast.training.optim import adamw, clip, make_optimizer
 
 WARM_UP = 3
 UNSEEN = 1 << 40  # the number of the batch that no step trains on
@@ -50,22 +56,52 @@ class Variant:
     """What a variant's name says."""
 
     kind: str
-    save: str
+    policy: str
+    state: str
     compiled: bool
+    whole: bool  # one graph of all layers
 
     @classmethod
     def named(cls, name: str) -> "Variant":
-        """Parse KIND[/SAVE][-eager]."""
+        """Parse KIND[/POLICY[+STATE]][-eager|-whole]."""
         rest, _, way = name.partition("-")
-        kind, _, save = rest.partition("/")
-        if way not in ("", "eager"):
-            raise ValueError(f"variant {name}: expected KIND[/SAVE][-eager]")
-        return cls(kind, save or "all", way == "" and kind != "mypt")
+        kind, _, how = rest.partition("/")
+        policy, _, state = how.partition("+")
+        policy, state = policy or "none", state or "exact"
+        known = policy in (*table.POLICIES, "plan") and state in table.SEARCHED_LAYOUTS
+        if way not in ("", "eager", "whole") or not known:
+            raise ValueError(f"variant {name}: expected KIND[/POLICY[+STATE]][-eager|-whole]")
+        compiled = way != "eager" and kind != "mypt"
+        return cls(kind, policy, state, compiled, way == "whole")
 
     @property
     def ours(self) -> bool:
         """Whether it is this engine."""
         return self.kind not in ("plain", "mypt", "hf")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: a model, sequences of a step, where and in which dtype."""
+
+    cfg: ModelConfig
+    sequences: int
+    device: str
+    dtype: str
+    cap_gib: float
+
+    def setup(self, variant: Variant, rows: int) -> Setup:
+        """What the planner calls it; its own choice for the policy "plan"."""
+        if variant.policy != "plan":
+            return Setup(
+                self.cfg, rows, self.sequences, table.POLICIES[variant.policy],
+                table.LAYOUTS[variant.state], dtype=self.dtype, device=self.device,
+            )  # fmt: skip
+        card = search.Device(int(self.cap_gib * table.GIB), self.dtype)
+        best = search.search(self.cfg, self.sequences, card, search.Able())[0]
+        if not best.fits:
+            raise ValueError(f"no plan fits {self.cap_gib} GiB")
+        return best.setup
 
 
 def batch(cfg: ModelConfig, rows: int, number: int, device: str) -> tuple[Tensor, Tensor]:
@@ -78,19 +114,25 @@ def batch(cfg: ModelConfig, rows: int, number: int, device: str) -> tuple[Tensor
     return x.contiguous().to(device), y.contiguous().to(device)
 
 
-def build(name: str, cfg: ModelConfig, device: str) -> tuple[nn.Module, LossOf, LossOf]:
+def build(variant: Variant, setup: Setup) -> tuple[nn.Module, LossOf, LossOf]:
     """The model, its mean loss, and the same compiled where the variant is."""
-    variant = Variant.named(name)
-    ours = GPT(cfg, 0, variant.kind if variant.ours else "auto", variant.save)
+    cfg, device = setup.cfg, setup.device
+    kind = variant.kind if variant.ours else "auto"
+    ours = GPT(cfg, 0, kind, setup.policy.name)
     if variant.ours:
         model: nn.Module = ours.to(device).train()
         assert sum(p.numel() for p in model.parameters()) == count_parameters(cfg).total
+        precision = devices.Precision(DTYPES[setup.dtype], False, device)
+        model.residual = devices.residual_dtype("auto", precision)
+        model.chunk_rows = setup.chunk or 0
 
         def mean(x: Tensor, y: Tensor) -> Tensor:
             return model(x, y) / y.numel()
 
-        if variant.compiled:
-            model.hidden = torch.compile(model.hidden)  # as the trainer does
+        if variant.whole:
+            model.hidden = torch.compile(model.hidden)
+        elif variant.compiled:
+            model.compile_blocks()  # as the trainer does
         return model, mean, mean
     if variant.kind == "hf":
         model = hf_gpt.HfGPT(cfg, device)
@@ -107,35 +149,42 @@ def build(name: str, cfg: ModelConfig, device: str) -> tuple[nn.Module, LossOf, 
 class Stepper:
     """One optimizer step at a time, each on its own batch."""
 
-    def __init__(self, name: str, cfg: ModelConfig, rows: int, device: str, dtype: str) -> None:
+    def __init__(self, variant: Variant, case: Case, rows: int) -> None:
         torch.manual_seed(0)
-        self.cfg, self.rows, self.device = cfg, rows, device
-        self.dtype, self.steps, self.kind = DTYPES[dtype], 0, Variant.named(name).kind
-        self.model, self.mean, self.loss_of = build(name, cfg, device)
-        make = {"mypt": mypt_adamw, "hf": hf_gpt.hf_adamw}.get(self.kind, adamw)
-        self.optimizer = make(self.model, TrainConfig())
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype == "fp16")
+        setup = case.setup(variant, rows)
+        self.case, self.cfg, self.device, self.setup = case, case.cfg, case.device, setup
+        self.dtype, self.steps, self.rows = DTYPES[case.dtype], 0, setup.rows
+        self.model, self.mean, self.loss_of = build(variant, setup)
+        if variant.ours:
+            self.optimizer = make_optimizer(self.model, TrainConfig(state=setup.layout.name))
+        else:
+            make = {"mypt": mypt_adamw, "hf": hf_gpt.hf_adamw}.get(variant.kind, adamw)
+            self.optimizer = make(self.model, TrainConfig())
+        self.scaler = torch.amp.GradScaler(self.device, enabled=case.dtype == "fp16")
 
     def forward(self, loss_of: LossOf, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
         """What the model returned, which must live until the backward, and the mean loss."""
         amp = self.dtype is not torch.float32
-        with torch.autocast(self.device, dtype=self.dtype, enabled=amp):
+        # the others keep PyTorch's default
+        cached = not isinstance(self.model, GPT)
+        with torch.autocast(self.device, self.dtype, enabled=amp, cache_enabled=cached):
             found = loss_of(x, y)
         return found, found[1] if isinstance(found, tuple) else found
 
     def __call__(self) -> float:
         """Seconds of a step, on a GPU until the device is done."""
-        x, y = batch(self.cfg, self.rows, self.steps, self.device)
+        x, y = batch(self.cfg, self.case.sequences, self.steps, self.device)
         self.wait()
         began = time.perf_counter()
-        kept, loss = self.forward(self.loss_of, x, y)
-        self.scaler.scale(loss).backward()
+        for xs, ys in zip(x.split(self.rows), y.split(self.rows), strict=True):
+            kept, loss = self.forward(self.loss_of, xs, ys)
+            self.scaler.scale(loss * (len(xs) / len(x))).backward()
+            del kept, loss
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        clip(self.optimizer, self.model, 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        del kept, loss
         self.wait()
         self.steps += 1
         return time.perf_counter() - began
@@ -149,35 +198,52 @@ class Stepper:
     def final_loss(self) -> float:
         """The loss on a batch never trained on, dropout off; what was compiled is taken off."""
         self.model.eval()
-        self.model.__dict__.pop("hidden", None)
+        if isinstance(self.model, GPT):
+            self.model.__dict__.pop("hidden", None)
+            self.model.plain_blocks()
         x, y = batch(self.cfg, self.rows, UNSEEN, self.device)
         return self.forward(self.mean, x, y)[1].item()
 
 
-def ready(
-    variant: str, cfg: ModelConfig, rows: int, device: str, dtype: str
-) -> tuple[Stepper, dict[str, Any]]:
-    """The stepper, warmed up, at the largest micro-batch of rows, rows/2, ... that fits the cap."""
-    tried: list[int] = []
+def ready(name: str, case: Case) -> tuple[Stepper, dict[str, Any]]:
+    """The stepper, warmed up, at the largest micro-batch that fits the cap."""
+    variant, tried, rows = Variant.named(name), [], case.sequences
     while True:
         try:
             began = time.perf_counter()
-            step = Stepper(variant, cfg, rows, device, dtype)
-            first = [step() for _ in range(WARM_UP)]
-            return step, {
-                "ready": variant, "micro_batch": rows, "did_not_fit": tried,
-                "tokens_per_step": rows * cfg.block_size, "warm_up_s": first,
+            stepper = Stepper(variant, case, rows)
+            first = [stepper()]
+            at = {"first_step_at": time.monotonic(), "first_step_cpu_s": cpu_seconds()}
+            first += [stepper() for _ in range(WARM_UP - 1)]
+            return stepper, {
+                "ready": name, "micro_batch": stepper.rows, "did_not_fit": tried, **at,
+                "tokens_per_step": case.sequences * case.cfg.block_size, "warm_up_s": first,
                 "start_s": time.perf_counter() - began, **compile_counts(),
+                **(planned(stepper.setup) if variant.ours else {}),
             }  # fmt: skip
         except torch.OutOfMemoryError:
-            if rows == 1:
+            if rows == 1 or variant.policy == "plan":
                 raise
-        step = None  # the model goes with it
+        stepper = None  # the model goes with it
         tried.append(rows)
-        rows //= 2
+        rows = max(d for d in range(1, rows) if case.sequences % d == 0)
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def planned(setup: Setup) -> dict[str, Any]:
+    """How ours trains, and the bytes of tensors that the planner predicts for it."""
+    return {
+        "recompute": setup.policy.name, "state": setup.layout.name,
+        "chunk_rows": step.chunk_rows(setup), "predicted_bytes": step.peak(setup).live,
+    }  # fmt: skip
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and the compilers it has started."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def compile_counts() -> dict[str, Any]:
@@ -206,15 +272,16 @@ def answers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
     cfg = presets.load(args.preset).model
-    step, about = ready(args.variant, cfg, args.micro_batch, args.device, args.dtype)
+    case = Case(cfg, args.sequences, args.device, args.dtype, args.cap_gib)
+    stepper, about = ready(args.variant, case)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     yield about
     for line in sys.stdin:
         if line.strip() == "loss":
-            yield {"loss": step.final_loss(), "steps": step.steps}
+            yield {"loss": stepper.final_loss(), "steps": stepper.steps}
             return
-        seconds = [step() for _ in range(int(line))]
+        seconds = [stepper() for _ in range(int(line))]
         yield {"seconds": seconds, **memory(args.device)}
 
 
@@ -222,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--variant", required=True)
     parser.add_argument("--preset", required=True)
-    parser.add_argument("--micro-batch", type=int, required=True)
+    parser.add_argument("--sequences", type=int, required=True, help="of a step")
     parser.add_argument("--cap-gib", type=float, default=16.0, help="of GPU memory")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")

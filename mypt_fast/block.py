@@ -281,3 +281,20 @@ def join(
     if seed is None:
         branch, p = F.dropout(branch, p), 0.0
     return norm.join(branch, x, p, seed)
+
+
+# What `GPT.compile_blocks` compiles once for all layers.
+
+
+def run_block(
+    block: Block, x: Tensor, branch: Tensor | None, place: Place, layer: int,
+    seeds: Sequence[Tensor | None],
+) -> Pair:  # fmt: skip
+    """`Block.forward`."""
+    pair: Pair = block(x, branch, place, layer, seeds)
+    return pair
+
+
+def run_whole(block: Block, x: Tensor, branch: Tensor | None, place: Place) -> Tensor:
+    """`Block.whole`."""
+    return block.whole(x, branch, place)

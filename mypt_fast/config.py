@@ -210,7 +210,11 @@ class TrainConfig:
         "residual stream under bf16 mixed precision; auto: bf16 on a GPU, fp32 on a CPU",
         choices=("auto", "fp32", "bf16"),
     )
-    compile: str = opt("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
+    compile: str = opt(
+        "auto",
+        "torch.compile; auto: on a GPU, and on a CPU where it pays back",
+        choices=("auto", "on", "off"),
+    )
     kernels: str = opt(
         "auto",
         "what runs the operators; auto: what is fastest on the device",

@@ -3,14 +3,29 @@
 Shapes: B batch, T time, C n_embd, D head size, V vocabulary.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mypt_fast import kernels
 from mypt_fast.attention import KVCache, Segments
-from mypt_fast.block import SAVES, Block, Embedding, LayerNorm, Linear, Pair, Place, RMSNorm, join
+from mypt_fast.block import (
+    SAVES,
+    Block,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Pair,
+    Place,
+    RMSNorm,
+    join,
+    run_block,
+    run_whole,
+)
 from mypt_fast.config import ModelConfig
 from mypt_fast.kernels import rope_tables
 from mypt_fast.recompute import Again
@@ -32,6 +47,8 @@ class GPT(nn.Module):
     """
 
     block: type[Block] = Block
+    run_block = staticmethod(run_block)
+    run_whole = staticmethod(run_whole)
 
     def __init__(
         self,
@@ -140,6 +157,27 @@ class GPT(nn.Module):
             documents=documents,
         )  # fmt: skip
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile run the blocks: one is compiled, all layers share its code."""
+        # the first block, evaluation, frozen layers, a smaller batch: each has a graph of its own
+        graphs = torch._dynamo.config.patch(recompile_limit=64)
+        self.run_block = graphs(torch.compile(run_block))
+        self.run_whole = graphs(torch.compile(run_whole))
+
+    def plain_blocks(self) -> dict[str, Any]:
+        """Run the blocks as they are from here on; returns what brings compiled ones back."""
+        names = [name for name in ("run_block", "run_whole") if name in self.__dict__]
+        return {name: self.__dict__.pop(name) for name in names}
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run them as they are meanwhile."""
+        kept = self.plain_blocks()
+        try:
+            yield
+        finally:
+            self.__dict__.update(kept)
+
     def _seeds(self, device: torch.device) -> Tensor | None:
         """Seeds of every residual dropout, (2 n_layer,), for the kernels that draw it themselves.
 
@@ -176,11 +214,13 @@ class GPT(nn.Module):
         # the first branch has no dropout before it: seeds belong to joins 1 .. 2 n_layer
         per_join = [None] * (2 * len(self.blocks) + 1) if seeds is None else [None, *seeds.unbind()]
         branch, again = None, Again(x.device, self.config.dropout > 0)
+        run = self.run_block if cache is None else run_block  # each length would be compiled anew
         for layer, block in enumerate(self.blocks):
             if self.training and cache is None and block.recompute in Again.POLICIES:
-                x, branch = again.run(block, x, branch, place), None
+                x, branch = again.run(self.run_whole, block, x, branch, place), None
             else:
-                x, branch = block(x, branch, place, layer, per_join[2 * layer : 2 * layer + 2])
+                seeds_here = per_join[2 * layer : 2 * layer + 2]
+                x, branch = run(block, x, branch, place, layer, seeds_here)  # type: ignore[arg-type]
         if cache is not None:
             cache.length += T
         return join(self.ln_f, x, branch, self.config.dropout, per_join[-1])[0]

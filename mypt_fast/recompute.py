@@ -14,6 +14,7 @@ run a block twice, with the same random numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,18 +40,16 @@ class Again:
         self.device, self.dropout = device, dropout
         self.host: Host | None = None
 
-    def run(self, block: Any, *args: Any) -> Tensor:
-        """Call block.whole(*args), keeping those of its arguments that are tensors alone."""
+    def run(self, whole: Callable[..., Tensor], block: Any, *args: Any) -> Tensor:
+        """Call whole(block, *args), keeping those of `args` that are tensors alone."""
         if block.recompute == "block":
-            return self._checkpointed(block, *args)
+            return self._checkpointed(whole, block, *args)
         self.host = self.host or Host(self.device)
         with saved_tensors_hooks(self.host.take, self.host.give):
-            return self._checkpointed(block, *args)
+            return self._checkpointed(whole, block, *args)
 
-    def _checkpointed(self, block: Any, *args: Any) -> Tensor:
-        y: Tensor = checkpoint(
-            block.whole, *args, use_reentrant=False, preserve_rng_state=self.dropout
-        )
+    def _checkpointed(self, whole: Callable[..., Tensor], *args: Any) -> Tensor:
+        y: Tensor = checkpoint(whole, *args, use_reentrant=False, preserve_rng_state=self.dropout)
         return y
 
 

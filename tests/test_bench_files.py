@@ -14,7 +14,9 @@ from mypt_fast import presets
 
 BENCH = Path(__file__).parent.parent / "bench"
 # each has a test: here, or (kernels, step) in test_bench_smoke.py and test_bench_step.py
-FILES = {"core", "guard", "kernels", "loader", "prefetch", "prepare", "saves", "states", "step"}
+FILES = {
+    "core", "guard", "kernels", "loader", "prefetch", "prepare", "saves", "start", "states", "step",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -172,6 +174,39 @@ def test_a_saved_state_resumes(states, tmp_path) -> None:
     missing = tmp_path / "none.pt"
     refusal = states.outcome(lambda: states.tensors.load(missing), missing)
     assert refusal == "refused: none.pt is missing"
+
+
+def test_start(bench, monkeypatch) -> None:
+    """A row per way; processes that answer as steps.py does stand in for them."""
+    module, closed = bench("bench_start"), []
+
+    class Fake:
+        def __init__(self, run, way) -> None:
+            self.way, self.seconds = way, []
+
+        def answer(self, until: float) -> dict:
+            return {"first_step_at": until, "first_step_cpu_s": 2.0}
+
+        def ask(self, steps: int, until: float) -> None:
+            self.seconds.append(1.0 if self.way == module.EAGER else 0.5)
+
+        def row(self) -> dict:
+            return {
+                "variant": self.way, "graphs": 2, "median_s": self.seconds[0],
+                "samples": self.seconds,
+            }  # fmt: skip
+
+        def close(self) -> None:
+            closed.append(self.way)
+
+    monkeypatch.setattr(module, "Model", Fake)
+    eager, blocks, _ = rows = module.compare(module.Case("tiny", "fp32", 16, 3), cold=2)
+    assert [row["variant"] for row in rows] == [module.EAGER, module.BLOCKS, module.WHOLE]
+    assert len(closed) == 2 * 2 * 3  # twice cold and warm
+    assert len(eager["cold_s"]) == len(blocks["warm_cpu_s"]) == 2
+    assert blocks["times_eager"]["median"] == 2.0
+    assert "times_eager" not in eager
+    module.show(rows)
 
 
 def test_core(bench, monkeypatch) -> None:

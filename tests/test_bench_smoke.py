@@ -267,7 +267,7 @@ def suite(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.gpu_suite, "facts", lambda device: card)
     args = SimpleNamespace(
         out=tmp_path, minutes=2, only="parity,kernels,steps", variants="a,b", preset="tiny",
-        micro_batch=1, cap_gib=1.0, device="cuda", dtype="bf16",
+        sequences=1, cap_gib=1.0, device="cuda", dtype="bf16",
     )  # fmt: skip
     return bench.gpu_suite.Suite(args, tmp_path / "scratch")
 
@@ -300,7 +300,7 @@ sys.exit(0 if resume else 9)"""
 def test_a_model_cut_short_keeps_its_samples(bench, suite, tmp_path, monkeypatch) -> None:
     script = """import sys, time
 print("3"); print("[]"); print("noise")
-print('{"tokens_per_step": 8, "micro_batch": %d}' % len(sys.argv[2]), flush=True)
+print('{"tokens_per_step": %d}' % (8 * len(sys.argv[2])), flush=True)
 input(); print('{"seconds": [2.0, 2.0]}', flush=True)
 time.sleep(600)"""
     (tmp_path / "steps.py").write_text(script)

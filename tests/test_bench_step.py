@@ -46,7 +46,7 @@ def test_every_reference_learns_what_ours_learns(bench, preset) -> None:
     cfg = small(preset)
     losses = {}
     for name in ("auto-eager", *peers(bench, cfg)):
-        step = bench.steps.Stepper(name, cfg, 32, "cpu", "fp32")
+        step = stepper(bench, name, 32, 32, "fp32", cfg)
         for group in step.optimizer.param_groups:
             group["lr"] = 3e-3
         first = step.final_loss()
@@ -66,7 +66,7 @@ def test_every_optimizer_decays_the_same_parameters(bench) -> None:
     assert cfg.tie_weights
     sizes = {}
     for name in ("auto-eager", *peers(bench, cfg)):
-        step = bench.steps.Stepper(name, cfg, 1, "cpu", "fp32")
+        step = stepper(bench, name, 1, 1, "fp32", cfg)
         groups = step.optimizer.param_groups
         sizes[name] = sum(p.numel() for p in groups[0]["params"])
         assert [g["weight_decay"] for g in groups] == [TrainConfig().weight_decay, 0.0]
@@ -93,29 +93,60 @@ def test_batches_are_the_same_for_all_and_another_each_step(bench) -> None:
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("auto", ("auto", "all", True)), ("auto-eager", ("auto", "all", False)),
-        ("triton/input", ("triton", "input", True)), ("mypt", ("mypt", "all", False)),
-        ("reference/gate_up-eager", ("reference", "gate_up", False)),
+        ("auto", ("auto", "none", "exact", True, False)),
+        ("auto-eager", ("auto", "none", "exact", False, False)),
+        ("auto-whole", ("auto", "none", "exact", True, True)),
+        ("mypt", ("mypt", "none", "exact", False, False)),
+        ("triton/mlp", ("triton", "mlp", "exact", True, False)),
+        ("reference/norms+fast-eager", ("reference", "norms", "fast", False, False)),
+        ("auto/plan", ("auto", "plan", "exact", True, False)),
     ],
 )  # fmt: skip
 def test_names_of_variants(bench, name, found) -> None:
     assert dataclasses.astuple(bench.steps.Variant.named(name)) == found
 
 
-def test_a_variant_that_means_nothing_is_refused(bench) -> None:
+@pytest.mark.parametrize("name", ["plain-quick", "auto/gate_up", "auto/norms+fp8"])
+def test_a_variant_that_means_nothing_is_refused(bench, name) -> None:
     with pytest.raises(ValueError, match="expected KIND"):
-        bench.steps.Variant.named("plain-quick")
+        bench.steps.Variant.named(name)
 
 
-@pytest.mark.parametrize("variant", ["reference/input-eager", "auto-eager"])
-def test_bf16_steps_run(bench, variant) -> None:
-    step = bench.steps.Stepper(variant, small(), 2, "cpu", "bf16")
-    assert step() > 0
+def stepper(bench, name, rows=2, sequences=2, dtype="bf16", cfg=None):
+    case = bench.steps.Case(cfg or small(), sequences, "cpu", dtype, 16.0)
+    return bench.steps.Stepper(bench.steps.Variant.named(name), case, rows)
 
 
-def answer(variant, seconds, micro_batch=2, **more):
+@pytest.mark.parametrize(
+    "name", ["reference/mlp+fast-eager", "auto/norms+exact16-eager", "auto-eager"]
+)
+def test_bf16_steps_run(bench, name) -> None:
+    assert stepper(bench, name)() > 0
+
+
+@pytest.mark.parametrize("name", ["plain-eager", "auto-eager"])
+def test_a_step_in_several_micro_batches_is_the_same_step(bench, name) -> None:
+    whole, parts = (stepper(bench, name, rows, 4, "fp32") for rows in (4, 1))
+    for step in (whole, parts):
+        step()
+        step()
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_planner_chooses_under_the_cap(bench) -> None:
+    cfg = bench.steps.presets.load("500M_1024").model
+    case = bench.steps.Case(cfg, 8, "cuda", "bf16", 15.7)
+    setup = case.setup(bench.steps.Variant.named("auto/plan"), 8)
+    assert (setup.rows, setup.policy.name, setup.layout.name) == (8, "norms", "exact16")
+    assert bench.steps.planned(setup)["predicted_bytes"] < 12.6 * 2**30
+    with pytest.raises(ValueError, match="no plan fits"):
+        dataclasses.replace(case, cap_gib=3.0).setup(bench.steps.Variant.named("auto/plan"), 8)
+
+
+def answer(variant, seconds, tokens=256, **more):
     return {
-        "variant": variant, "samples": seconds, "micro_batch": micro_batch,
+        "variant": variant, "samples": seconds, "tokens_per_step": tokens,
         "tokens_per_s": 256 / bench_median(seconds), **more,
     }  # fmt: skip
 
@@ -143,9 +174,9 @@ def test_ratios_are_taken_round_by_round(bench) -> None:
     assert found["plain"]["mfu"] == pytest.approx(256 / 4.0 * flops / 1e12, rel=1e-3)
 
 
-def test_models_of_another_micro_batch_are_not_compared(bench) -> None:
+def test_models_of_other_steps_are_not_compared(bench) -> None:
     case = bench.bench_step.Case("tiny", "bf16", 2, rounds=1)
-    rows = [answer("plain", [2.0], micro_batch=1), answer("auto", [1.0])]
+    rows = [answer("plain", [2.0], tokens=128), answer("auto", [1.0])]
     rows = bench.bench_step.finish(case, rows, False, 1e12)
     assert rows[1]["times"] == {}
 

@@ -17,6 +17,7 @@ FLOORS = (
         "settings",
         "accounting",
         "console",
+        "cache",
         "run_log",
         "publish",
         "planner",

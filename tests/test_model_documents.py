@@ -178,7 +178,7 @@ def test_attention_dropout_drops_weights_and_only_in_training(monkeypatch) -> No
         given.append(dropout_p)
         return attention.attend(q, k, v, segments, dropout_p)
 
-    monkeypatch.setattr("mypt_fast.model.attend", watched)
+    monkeypatch.setattr("mypt_fast.block.attend", watched)
     model = gpt(dropout=0.25)
     model.train()(IDX, segment_ids=IDS)
     model.eval()(IDX, segment_ids=IDS)

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mypt_fast.config import ModelConfig
 from mypt_fast.model import GPT
@@ -154,16 +155,40 @@ def test_finite_differences_agree_beside_dropout(style, policy):
     assert difference == pytest.approx(slope, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(DYNAMO)
 @pytest.mark.parametrize("policy", ["norms", "mlp", "block"])
 @pytest.mark.parametrize("style", STYLES)
-def test_finite_differences_agree_under_compile(style, policy):
+def test_finite_differences_agree_where_the_model_is_one_graph(style, policy):
     torch._dynamo.reset()
     cfg = ModelConfig(**{**SMALL, "n_layer": 2}, **STYLES[style], dropout=0.3)
     model = wide(GPT(cfg, 0, recompute=policy))
     compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
     slope, difference = slope_and_difference(model, compiled)
     assert difference == pytest.approx(slope, rel=1e-5)
+
+
+@pytest.fixture
+def aot_eager(monkeypatch):
+    """`GPT.compile_blocks` with a backend that is fast to compile; what it was called for."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: original(f, fullgraph=True, backend=counter))
+    return counter
+
+
+@pytest.mark.filterwarnings(DYNAMO, "ignore:The .grad attribute of a Tensor")  # hidden by torch
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("style", STYLES)
+def test_finite_differences_agree_where_blocks_are_compiled(style, policy, aot_eager):
+    """Dropout repeats its masks, and layers share a graph: of the first block and of the others."""
+    cfg = ModelConfig(**SMALL, **STYLES[style], dropout=0.3)
+    model = wide(GPT(cfg, 0, recompute=policy))
+    model.compile_blocks()
+    slope, difference = slope_and_difference(model)
+    assert difference == pytest.approx(slope, rel=1e-5)
+    assert aot_eager.frame_count == (1 if policy in ("block", "offload") else 2)
 
 
 def test_tensors_come_back_from_host_memory_in_any_order():

@@ -26,7 +26,7 @@ from mypt_fast.errors import DeviceError
 from mypt_fast.kernels.ceiling import matmul_tflops
 from mypt_fast.model import GPT
 from mypt_fast.training import device as devices
-from mypt_fast.training import parts
+from mypt_fast.training.compiling import settled
 from mypt_fast.training.optim import adamw
 from mypt_fast.training.utilisation import of_measured
 
@@ -169,9 +169,9 @@ def step(clock: Clock, precision: devices.Precision, quick: bool, samples: int) 
     name, rows, cfg = choose(device, quick)
     train = TrainConfig()
     model = GPT(cfg).to(device).train()
-    compiled = parts.use_compile(train, device)
+    compiled = bool(settled(train, device))
     if compiled:
-        model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]
+        model.compile_blocks()
     optimizer, scaler = adamw(model, train), torch.amp.GradScaler(device.type, precision.scaler)
     draw = torch.Generator().manual_seed(0)
     shape = (rows, cfg.block_size)

@@ -12,7 +12,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from mypt_fast import __version__
+from mypt_fast import __version__, cache, console
 from mypt_fast.errors import MyptError
 
 COMMANDS = {
@@ -37,6 +37,7 @@ TRAINING = ("train", "run", "bench", "verify-resume")  # commands that fill a GP
 # Settings of torch's allocator, which reads them at its first allocation on a GPU; in the second
 # the older name, which torch still prefers.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+COMPILING = {"train", "run", "generate", "verify-resume", "bench", "tune"}
 ALIASES = {"--config": "--config_file"}
 EPILOG = """\
 start here:
@@ -139,6 +140,8 @@ def dispatch(argv: list[str]) -> int:
         args.passed_on = passed_on
     else:
         args = parser.parse_or_suggest(spell(rest))
+    if name in COMPILING and (why := cache.keep_compiled()):
+        console.notice(f"note: what is compiled is not kept in the cache folder: {why}")
     return int(module.run(args))
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         text = ranking_lines(device, rows)
     else:
         preset = presets.load(args.config_file)
-        choices = choices_for(preset, typed)
+        choices = choices_for(preset, device, typed)
         plans = _search(preset, device, choices)
         report = report_of(preset, device, plans)
         text = [] if args.json and not plans[0].fits else plan_lines(preset, device, plans)
@@ -100,16 +100,24 @@ def check(flag: str, wanted: str | None, able: tuple[str, ...]) -> None:
         raise ConfigError(f"{flag}: {not_among(wanted, able)}")
 
 
-def choices_for(preset: presets.Preset, typed: dict[str, str | None]) -> search.Able:
+def choices_for(
+    preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
+) -> search.Able:
     """What may be chosen: a flag goes before what the preset fixes."""
     able, train = search.Able(), preset.train
+    layouts = able.layouts if device.dtype == "bf16" else ("exact",)  # the others compute in it
     state = typed["state"] or train.state
+    if state not in ("auto", *layouts):
+        raise ConfigError(
+            f"--state {state} computes with bf16 weights", f"found {device.dtype} on {device.name}",
+            "use --state exact",
+        )  # fmt: skip
     policy = typed["recompute"] or train.recompute
     if policy == "auto" and preset.model.use_checkpoint:
         policy = "block"
     chunks = (train.chunk_rows,) if train.chunk_rows else able.chunks
     return search.Able(
-        able.layouts if state == "auto" else (state,),
+        layouts if state == "auto" else (state,),
         able.policies if policy == "auto" else (policy,),
         chunks,
         train.micro_batch_size or None,
@@ -199,7 +207,30 @@ def plan_lines(
         f"speed   {_speed(device, best, report)}",
         "",
     ]
-    return lines + _table(device, plans)
+    shown = worth_showing(plans)
+    lines += _table(device, shown)
+    if len(shown) < len(plans):
+        lines.append(f"and {len(plans) - len(shown)} that are slower and need no less; see --json")
+    return lines
+
+
+def worth_showing(plans: list[search.Plan]) -> list[search.Plan]:
+    """Without those that another one beats in speed and matches in memory and exactness.
+
+    Of those that do not fit, the closest.
+    """
+
+    def beaten(plan: search.Plan) -> bool:
+        return any(
+            other.fits
+            and other.exact >= plan.exact
+            and other.peak.total <= plan.peak.total
+            and other.tokens_per_s > plan.tokens_per_s
+            for other in plans
+        )
+
+    fitting = [plan for plan in plans if plan.fits and not beaten(plan)]
+    return fitting + [plan for plan in plans if not plan.fits][:2]
 
 
 def _speed(device: search.Device, best: search.Plan, report: dict[str, Any]) -> str:
@@ -245,7 +276,7 @@ def shown_rate(rate: float, width: int) -> str:
 def _ranked(
     preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
 ) -> dict[str, Any]:
-    plans = _search(preset, device, choices_for(preset, typed))
+    plans = _search(preset, device, choices_for(preset, device, typed))
     report = report_of(preset, device, plans)
     best = report.pop("plans")[0]
     report.pop("device")

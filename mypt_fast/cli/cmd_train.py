@@ -138,7 +138,7 @@ def _prepared(
     resolved: settings.Settings, dry_run: bool, lock: Any, asks: bool
 ) -> "Trainer | None":
     """Open data and weights and print the plan; None where that was all."""
-    from mypt_fast.training.parts import use_compile
+    from mypt_fast.training.compiling import choose
     from mypt_fast.training.plan import plan_lines
     from mypt_fast.training.run import open_run
     from mypt_fast.training.space import check_space
@@ -152,9 +152,9 @@ def _prepared(
     for notice in opened.notices:
         console.notice(f"note: {notice}")
     start = int(resolved.saved_state.get("step") or 0)
-    compiled = use_compile(resolved.train, opened.device)
+    choice = choose(opened, start)
     if start < resolved.train.max_iters or not resolved.resume:
-        for line in plan_lines(opened, start, compiled):
+        for line in plan_lines(opened, start, choice):
             console.say(line)
     if tight := check_space(resolved):
         console.notice(f"note: {tight}")

@@ -156,7 +156,7 @@ def fit(
             go_on(run, parts, int(start_step), peak_given=learning_rate is not None)
             found = _train(Trainer(run, console.Live(train.max_iters, int(start_step)), parts))
         finally:
-            model.__dict__.pop("hidden", None)  # compiled, if it was
+            model.plain_blocks()
             model.train()
             parts.log.close()
     assert found.train is not None

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mypt_fast import cache
 from mypt_fast.planner.cards import plain
 
 MAX_BYTES = 1 << 20
@@ -14,9 +15,7 @@ LEAST, MOST = 1e-6, 1e6  # TFLOP/s of any device: what lies outside is a damaged
 
 def ceiling_file() -> Path:
     """Where it is kept: below $XDG_CACHE_HOME or ~/.cache, as what `tune` measures."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~"), ".cache")
-    return base / "mypt_fast" / "ceiling.json"
+    return cache.folder() / "ceiling.json"
 
 
 def measured(device_name: str) -> dict[str, Any] | None:
@@ -72,7 +71,7 @@ def keep(device_name: str, entry: dict[str, Any]) -> Path:
         OSError: if it cannot be written.
     """
     path = ceiling_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     entries = {**read(), plain(device_name): {"name": device_name, **entry}}
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:

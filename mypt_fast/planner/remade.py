@@ -23,6 +23,15 @@ class Remade(Operators):
         groups = -(-columns // block // 4)
         self.tape.touch(PHILOX_BYTES * self.tokens * groups * block)
 
+    def mask(self, key: str) -> None:
+        """The last norm has its branch's dropout from a seed, too: a bool mask in plain PyTorch."""
+        if not self.policy.norms:
+            super().mask(key)
+        elif self.dropout and self.cpu:
+            self._philox()
+            self.tape.hold(key + ".mask", "activations", self.n)
+            self.tape.touch(8 * self.n)
+
     def _normed(self, key: str, *, adds: bool) -> None:
         """Forward of the norm to `key`.y; with the residual add to `key`.h, too."""
         t, n = self.tape, self.n
@@ -87,7 +96,9 @@ class Remade(Operators):
         for i, count in enumerate(counts):
             t.drop(f"dw.{i}")
             t.hold(f"dw.{i}", "gradients", a * count)
+        cast = a != self.layout.gradient
         for i, count in enumerate(counts):
+            t.drop("" if cast else f"dw.{i}")
             t.hold(f"own.{i}", "gradients", self.layout.gradient * count)
             t.drop(f"dw.{i}")
         for i, count in enumerate(counts):

@@ -14,6 +14,9 @@ from mypt_fast.planner.cards import Card
 from mypt_fast.planner.operators import Setup
 from mypt_fast.planner.step import Peak, peak
 
+# GB/s a TFLOP/s, for a device of which nobody says: the cards of the table have 4 to 13.
+TYPICAL_BANDWIDTH = 7.0
+
 
 @dataclass(frozen=True)
 class Device:
@@ -109,7 +112,8 @@ def evaluate(setup: Setup, device: Device) -> Plan:
     """What one setup needs, and about how fast it is, on a device."""
     found = peak(setup)
     ceiling = device.tflops or 1.0
-    rate = speed.tokens_per_s(setup, ceiling, device.share, device.gb_per_s)
+    bandwidth = device.gb_per_s or TYPICAL_BANDWIDTH * ceiling
+    rate = speed.tokens_per_s(setup, ceiling, device.share, bandwidth)
     return Plan(setup, found, found.total <= device.room, rate)
 
 

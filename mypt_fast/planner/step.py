@@ -113,7 +113,16 @@ class Step(Remade):
             self._block_backward(layer)
         self._embed_backward()
         t.now = "optimizer step"
-        t.touch(0.0)
+        t.touch(self._step_bytes())
+
+    def _step_bytes(self) -> float:
+        """What the optimizer needs for the tensor that needs most."""
+        by_triton = not self.cpu and self.layout.name != "exact16"
+        if self.layout.name not in table.STEP_BYTES or by_triton:
+            return 0.0
+        split, whole = table.STEP_BYTES[self.layout.name]
+        matrix = max(self.sizes["qkv"], self.sizes["up"])
+        return float(max(split * matrix, whole * self.vocab))
 
     def _count(self, kept: dict[str, float], blocks: int) -> None:
         for part, size in kept.items():

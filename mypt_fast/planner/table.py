@@ -110,6 +110,10 @@ TODAY = Build()
 # what the table of simulated peaks assumed (docs/decisions.md)
 LEAN = Build(False, False, False, False)
 
+# What the optimizer's step of one tensor needs beside it, bytes an element, where it goes through
+# an fp32 form: (of a matrix of a block, of another parameter). Triton's kernel needs nothing.
+STEP_BYTES = {"exact16": (25, 4), "fast": (38, 30), "fast_bf16": (38, 30)}
+
 # On a GPU, besides what the allocator hands out: context, cuBLAS workspaces, Triton modules.
 CONTEXT_BYTES = GIB // 2
 # Of what is live: blocks that are free but in pieces too small, with expandable segments.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def write_samples(
         between: called before every token; may raise to stop.
     """
     samples = Samples()
-    with evaluating(model), _uncompiled(model):
+    with evaluating(model), model.uncompiled():
         for name, ids in prompts.items():
             try:
                 new = _cached(model, tokenizer, ids, max_new_tokens, between)
@@ -125,14 +124,3 @@ def _uncached(model: GPT, ids: list[int], count: int, between: Callable[[], None
         x = model.hidden(torch.tensor([all_ids], device=device))
         all_ids.append(int(model.lm_head(x[0, -1]).float().argmax()))
     return all_ids[len(ids) :]
-
-
-@contextmanager
-def _uncompiled(model: GPT) -> Iterator[None]:
-    """The plain `hidden`: a compiled one would be compiled anew for every length."""
-    compiled = model.__dict__.pop("hidden", None)
-    try:
-        yield
-    finally:
-        if compiled is not None:
-            model.hidden = compiled  # type: ignore[method-assign]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,6 @@ from pathlib import Path
 import torch
 
 from mypt_fast.checkpoint.bundle import check_writable
-from mypt_fast.config import TrainConfig
-from mypt_fast.errors import ConfigError
 from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import init_from
@@ -75,30 +71,3 @@ def log_path(settings: Settings) -> Path:
     """The JSONL log of a run: as set, else logs/train/<model_name>_eval.jsonl."""
     default = Path("logs") / "train" / f"{settings.model_name}_eval.jsonl"
     return Path(settings.train.log_file) if settings.train.log_file else default
-
-
-def use_compile(cfg: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on a GPU; on a CPU a cold compile costs more than it gains."""
-    asked = "--compile on" if cfg.compile == "on" else ""
-    if cfg.kernels == "inductor":
-        asked = "--kernels inductor"
-        if cfg.compile == "off":
-            raise ConfigError(
-                "--kernels inductor is torch.compile's own code",
-                "found --compile off",
-                "drop one of the two",
-            )
-    if asked and device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise ConfigError(
-                f"{asked} needs a C++ compiler on a CPU",
-                f"found no {compiler}",
-                "install one, or drop the flag",
-            )
-    c_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton's launchers need it
-    if asked and device.type == "cuda" and not c_compiler:
-        raise ConfigError(
-            f"{asked} needs a C compiler", "found no cc, gcc or clang", "install one, or drop it"
-        )
-    return bool(asked) or (cfg.compile == "auto" and device.type == "cuda" and c_compiler)

@@ -12,6 +12,7 @@ from mypt_fast.planner import cards
 from mypt_fast.planner import speed as speeds
 from mypt_fast.planner.table import POLICIES
 from mypt_fast.training import device as devices
+from mypt_fast.training.compiling import Choice
 from mypt_fast.training.run import Run
 
 # 1 / MFU of a step on a CPU, measured there (docs/decisions.md): this for the matmuls, and that per
@@ -72,7 +73,7 @@ def predicted_bytes(run: Run) -> int:
     )
 
 
-def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
+def plan_lines(run: Run, start_step: int, choice: Choice) -> list[str]:
     """The plan of a run as people read it."""
     s, cfg, train = run.settings, run.settings.model, run.settings.train
     tokens_per_step = s.global_batch * cfg.block_size
@@ -81,10 +82,10 @@ def plan_lines(run: Run, start_step: int, compiled: bool) -> list[str]:
     passes = train.max_iters * tokens_per_step / run.train_tokens
     micro_steps = math.ceil(s.global_batch / run.plan.micro_batch)
     parameters = console.count(accounting.count_parameters(cfg).total)
-    ways = [run.precision.name, "compiled" if compiled else "eager"]
+    ways = [run.precision.name, choice.words]
     if train.tf32 and run.precision.name == "fp32" and devices.has_tf32(run.device):
         ways[0] = "fp32 with TF32 matmuls"
-    ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, compiled))
+    ways.append(kernels.describe(train.kernels, run.device, run.precision.dtype, choice.compiled))
     ways += [f"attention {run.attention}"] if run.attention else []
     ways += [STATES[train.state]] if train.state in STATES else []
     ways += [AGAIN[run.plan.recompute]] if run.plan.recompute in AGAIN else []

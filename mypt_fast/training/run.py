@@ -15,6 +15,7 @@ from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import attention_choice
 from mypt_fast.training import device as devices
 from mypt_fast.training.borrowed import Source
+from mypt_fast.training.compiling import Choice
 from mypt_fast.training.eval_prompts import read_prompts
 from mypt_fast.training.memory import MemoryPlan, choose_plan
 from mypt_fast.training.sources import DataOpener, Phase
@@ -40,6 +41,7 @@ class Run:
     prompts: dict[str, list[int]] = field(default_factory=dict)  # token ids by name
     how_to_continue: str = ""  # what a run that was stopped tells
     ceilings: Ceilings = field(default_factory=Ceilings)
+    choice: Choice | None = None  # of `compiling.choose`
     mypt_words: bool = False  # scripts that call fit read MyPT's lines, not ours
     attention: str | None = None  # the kernel tried first; None: as torch decides
 

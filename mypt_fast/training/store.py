@@ -243,6 +243,8 @@ class Store:
             "precision": self.run.precision.name,
             "state": self.settings.train.state,
             "attention": self.run.attention,
+            "device": self.run.device.type,
+            "compiled": self.run.choice is not None and self.run.choice.compiled,
         }
         return state
 

@@ -15,6 +15,7 @@ from mypt_fast.errors import DeviceError, DivergedError
 from mypt_fast.training import device as devices
 from mypt_fast.training.board import Board
 from mypt_fast.training.borrowed import Source
+from mypt_fast.training.compiling import choose
 from mypt_fast.training.feed import micro_batches
 from mypt_fast.training.gold import Decision
 from mypt_fast.training.guard import (
@@ -27,7 +28,7 @@ from mypt_fast.training.guard import (
 )
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.optim import clip
-from mypt_fast.training.parts import Parts, make, use_compile
+from mypt_fast.training.parts import Parts, make
 from mypt_fast.training.run import Run
 from mypt_fast.training.schedule import learning_rate
 from mypt_fast.training.selection import Found
@@ -72,8 +73,8 @@ class Trainer:
         self.log, self.store, self.scaler = parts.log, parts.store, parts.scaler
         self.model, self.optimizer = parts.model, parts.optimizer
         self._selection = parts.selection
-        if use_compile(self.train_cfg, self.device):
-            self.model.hidden = torch.compile(self.model.hidden)  # type: ignore[method-assign]
+        if choose(run, self.store.start_step).compiled:
+            self.model.compile_blocks()
         self.step, self.taken = self.store.start_step, 0
         self.mark: Mark | None = None  # set while a step is under way
         self.saved_step: int | None = None  # while the run directory holds what is here

@@ -140,9 +140,8 @@ def test_what_is_not_known_is_one_line(capsys, words, line):
 def choices(tmp_path, typed=None, **fields):
     path = tmp_path / "preset.json"
     path.write_text(json.dumps({"n_embd": 64, "n_head": 4, "batch_size": 8, **fields}))
-    return cmd_plan.choices_for(
-        presets.load(str(path)), {"state": None, "recompute": None, **(typed or {})}
-    )
+    flags = {"state": None, "recompute": None, **(typed or {})}
+    return cmd_plan.choices_for(presets.load(str(path)), search.Device(16 << 30), flags)
 
 
 def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):
@@ -153,6 +152,14 @@ def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):
     typed = {"state": "fast", "recompute": "norms"}
     found = choices(tmp_path, typed, state="exact", use_checkpoint=True)
     assert (found.layouts, found.policies) == (("fast",), ("norms",))
+
+
+def test_a_card_without_bf16_has_fp32_weights(capsys):
+    found = machine_reads(capsys, "--config", "500M_1024", "--gpu", "T4")
+    assert {plan["state"] for plan in found["plans"]} == {"exact"}
+    assert "use --state exact" in fails(
+        capsys, "--config", "500M_1024", "--gpu", "T4", "--state", "exact16"
+    )
 
 
 @pytest.mark.parametrize("words", [["--config", "500M_1024"], []], ids=["one", "all"])

@@ -308,9 +308,9 @@ def test_samples_are_written_by_the_model_that_is_not_compiled() -> None:
     def compiled(*_: object, **__: object) -> None:
         raise AssertionError
 
-    model.hidden = compiled
+    model.run_block = compiled
     assert write_samples(model, Tokenizer.char(LETTERS), {"a": [1]}, 3).gen["a"]
-    assert model.hidden is compiled
+    assert model.run_block is compiled
 
 
 def test_weights_that_are_not_finite_give_no_sample_and_no_error() -> None:

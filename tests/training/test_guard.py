@@ -440,7 +440,7 @@ def test_less_than_one_sequence_says_what_would_help(train, monkeypatch, capsys)
     assert train("a") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "with one sequence per forward" in error
-    assert "--use_checkpoint" in error
+    assert "--recompute block" in error
     assert bundle.read_info(Path("checkpoints/a"))["training_state"]["step"] == 3
 
 

@@ -464,6 +464,7 @@ def test_settings_that_do_nothing_here_are_said(dataset: Path, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # likewise, hidden elsewhere
 def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(train) -> None:
     flags = ["--dropout", "0", "--schedule", "constant"]
     assert train("eager", *flags) == 0

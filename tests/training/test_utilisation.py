@@ -15,6 +15,7 @@ from mypt_fast.config import ModelConfig
 from mypt_fast.planner import cards, ceiling, speed
 from mypt_fast.training import device as devices
 from mypt_fast.training import plan, utilisation
+from mypt_fast.training.memory import MemoryPlan
 from mypt_fast.training.utilisation import Ceilings
 
 CPU = torch.device("cpu")
@@ -160,7 +161,8 @@ def guess(cfg: ModelConfig, device: str, dtype: torch.dtype, card: str | None = 
     flops, entry = accounting.flops_per_token(cfg), cards.find(card) if card else None
     run = SimpleNamespace(
         device=torch.device(device), precision=devices.Precision(dtype, False, device),
-        ceilings=Ceilings(flops, 1.0, entry), settings=SimpleNamespace(model=cfg), micro_batch=8,
+        ceilings=Ceilings(flops, 1.0, entry), settings=SimpleNamespace(model=cfg),
+        plan=MemoryPlan(8),
     )  # fmt: skip
     return accounting.mfu(plan.estimated_tokens_per_s(run), flops, 1.0)
 

@@ -347,9 +347,11 @@ def cases(shape: dict[str, int], dtype: torch.dtype, arch: int) -> Iterator[laun
     ):
         if not shape.get("layer_norm" if center else "rms_norm", True):
             continue
-        # a 16-bit stream is met where a trained model writes text; training keeps it in fp32
-        trained = stream is torch.float32 or shape.get("everything", True)
-        if p > 0 and not trained:
+        # training keeps a bf16 stream beside bf16 branches, an fp32 one beside others, unless
+        # asked otherwise; an fp16 stream is met where a trained model writes text
+        usual = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+        trained = stream is usual or shape.get("everything", True)
+        if not trained and (p > 0 or stream is torch.float32):
             continue
         wide = f"*{launch.NAMES[stream]}"
         what = f"{'layer' if center else 'rms'}{' add' * add}{' dropout' * (p > 0)} {wide[1:]}"
