@@ -185,6 +185,77 @@ def core(rows: list[Row]) -> list[str]:
     return table(["model", "fit's step, times the trainer's", "smallest to largest"], found)
 
 
+def states(rows: list[Row]) -> list[str]:
+    """A table each: loss by layout and seed, step and bytes, 8-bit moments, saved states."""
+    losses = [r for r in rows if "val_loss" in r]
+    seeds = sorted({r["seed"] for r in losses})
+    by = {(r["variant"], r["seed"]): r["val_loss"] for r in losses}
+    names = list(dict.fromkeys(r["variant"] for r in losses))
+    steps = f"held-out loss after {losses[0]['steps']} steps" if losses else "held-out loss"
+    found = [
+        [n, *(f"{by[n, s]:.4f}" for s in seeds), f"{sum(by[n, s] for s in seeds) / len(seeds):.4f}"]
+        for n in names
+    ]
+    lines = table([steps, *(f"seed {s}" for s in seeds), "mean"], found)
+    others = (("step", states_steps), ("round_trip", states_codes), ("persistence", states_saved))
+    for key, make in others:
+        lines += ["", *make([r for r in rows if key in r])]
+    return lines
+
+
+def states_steps(rows: list[Row]) -> list[str]:
+    """The optimizer's step on a CPU, and the bytes a parameter that stay for a run."""
+    fast = {r["parameters"]: r["seconds"] for r in rows if r["step"] == "fast"}
+    found = []
+    for r in rows:
+        times = [a / b for a, b in zip(fast[r["parameters"]], r["seconds"], strict=True)]
+        each = [r[k] / r["parameters"] for k in ("weight_bytes", "gradient_bytes", "moment_bytes")]
+        found.append([
+            r["step"], f"{r['parameters'] / 1e6:.1f} M", spread(r["seconds"], 1e3),
+            "" if r["step"] == "fast" else spread(times), number(r["first_s"]),
+            *(f"{b:.2f}" for b in (*each, sum(each))),
+        ])  # fmt: skip
+    header = ["optimizer's step", "parameters", "ms", "`fast`, times this", "first step, s"]
+    return table([*header, "bytes of weights", "gradients", "moments", "all"], found)
+
+
+def states_codes(rows: list[Row]) -> list[str]:
+    """What 8 bits lose of real moments, by whose codes."""
+
+    def again(row: Row, which: str) -> str:
+        share, most = row[f"{which}_changed_again"]
+        return f"{share:.0%} by up to {100 * most:.1f} %" if share else "none"
+
+    what: dict[str, Callable[[Row], str]] = {
+        "error of the first moment": lambda r: f"{100 * r['first']:.2f} %",
+        "error of the second": lambda r: f"{100 * r['second']:.2f} %",
+        "error of the next update": lambda r: f"{100 * r['update']:.2f} %",
+        "largest update, in learning rates": lambda r: (
+            f"{r['update_largest'][1]:.2f}, in exact {r['update_largest'][0]:.2f}"
+        ),
+        "first moments that become zero, in a million": lambda r: number(1e6 * r["first_zeroed"]),
+        "second moments that do": lambda r: number(1e6 * r["second_zeroed"]),
+        "first moments that a second trip changes": lambda r: again(r, "first"),
+        "second moments that it changes": lambda r: again(r, "second"),
+    }
+    found = [[label, *(cell(r) for r in rows)] for label, cell in what.items()]
+    return table(["8-bit moments, one round trip", *(r["round_trip"] for r in rows)], found)
+
+
+def states_saved(rows: list[Row]) -> list[str]:
+    """Who reads a saved state."""
+    keys = ("weights_only", "weights_only_elsewhere", "our_reader")
+    found = [
+        [
+            r["persistence"], f"{r['file_bytes'] / 1e6:.1f} MB",
+            *(r[k].partition(":")[0] for k in keys), "yes" if r["resumes_bit_for_bit"] else "no",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    header = ["saved state", "weights and moments", "`weights_only=True`", "torchao not imported"]
+    return table([*header, "our checkpoints' reader", "resumes bit for bit"], found)
+
+
 def plain(rows: list[Row]) -> list[str]:
     """A suite nobody wrote a table for: what its rows hold but for raw samples."""
     keys = [
@@ -208,6 +279,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "loader": ("Token loader, file in the page cache", loader),
     "prefetch": ("Token loader beside a training process, and from disk", prefetch),
     "prepare": ("Text to tokens", prepare),
+    "states": ("State layouts", states),
     "saves": ("Saves", saves),
     "start": ("From a process's start to its first optimised step", start),
     "guard": ("Guards and log, per step", guard),

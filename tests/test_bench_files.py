@@ -120,18 +120,60 @@ def test_saves(bench, monkeypatch, tmp_path) -> None:
     assert module.overhead(rows) == pytest.approx((0.4 + 2.0) / 400)
 
 
-def test_states(bench, monkeypatch) -> None:
-    """Each layout steps, and learns from the same start what the others do."""
-    module, mark = bench("bench_states"), Benchmark()
+@pytest.fixture
+def states(bench, monkeypatch):
+    """bench_states, of a small model, without torchao."""
+    module = bench("bench_states")
+    monkeypatch.setattr(module, "torchao", lambda part="optim": None)
     monkeypatch.setattr(module, "BYTES", 20_000)
     monkeypatch.setattr(module, "SHAPE", {**module.SHAPE, "n_layer": 1, "n_embd": 32})
-    for state in module.LAYOUTS:
-        module.test_step(mark, state)
+    monkeypatch.setattr(module, "ROUNDS", 2)
+    monkeypatch.setattr(module, "SAVED_AT", 2)
+    return module
+
+
+def test_states(states) -> None:
+    """Each layout steps, and learns from the same start what the others do."""
+    mark = Benchmark()
+    for state in states.LAYOUTS:
+        states.test_step(mark, state)
     assert mark.runs == 3
-    rows = [module.trained(state, 1, 4) for state in module.LAYOUTS]
-    losses = [row["val_loss"] for row in rows]
-    assert max(losses) - min(losses) < 0.05
-    assert losses[0] < 5.5  # ln 256 is 5.55
+    losses = {v: states.trained(v, 1, 4)[0]["val_loss"] for v in (*states.LAYOUTS, states.STREAM16)}
+    assert max(losses.values()) - min(losses.values()) < 0.05
+    assert losses["exact"] < 5.5  # ln 256 is 5.55
+    assert losses[states.STREAM16] != losses["exact"]  # the stream did change
+
+
+def test_bytes_of_states_are_those_that_are_promised(states) -> None:
+    shape = {**states.SHAPE, "n_embd": 64}  # no matrix is too small for codes
+    tensors = len(list(states.GPT(states.ModelConfig(**shape)).parameters()))
+    for row in states.steps_in_turn(list(states.LAYOUTS), shape):
+        promised = states.accounting.state_bytes(states.ModelConfig(**shape), row["step"])
+        assert row["weight_bytes"] == promised.weights
+        assert row["gradient_bytes"] == promised.gradients
+        assert row["moment_bytes"] == promised.moments + 4 * tensors  # which count their steps
+        assert len(row["seconds"]) == 2
+
+
+def test_round_trips_of_states(states) -> None:
+    """Ours: small errors, no second moment lost, nothing changes by another trip."""
+    _, model, optimizer = states.trained("exact", 1, 4)
+    (row,) = states.round_trips(model, optimizer)
+    assert row["round_trip"] == "ours"
+    assert 0 < row["first"] < 0.02
+    assert 0 < row["second"] < 0.02
+    assert 0 < row["update"] < 0.1
+    assert row["second_zeroed"] == 0
+    assert row["first_changed_again"] == row["second_changed_again"] == [0, 0]
+
+
+def test_a_saved_state_resumes(states, tmp_path) -> None:
+    row = states.persistence("fast", tmp_path)
+    assert row["resumes_bit_for_bit"] is True
+    assert {row[k] for k in ("weights_only", "weights_only_elsewhere", "our_reader")} == {"read"}
+    missing = tmp_path / "none.pt"
+    refusal = states.outcome(lambda: states.tensors.load(missing), missing)
+    assert refusal == "refused: none.pt is missing"
 
 
 def test_start(bench, monkeypatch) -> None:

@@ -88,6 +88,43 @@ def test_bars_on_a_gpu_are_not_measured_until_a_result_is_there(report, tmp_path
     assert text.index("## CPU") < text.index("## nvidia-h200")
 
 
+def test_states_by_layout_and_seed(report, tmp_path) -> None:
+    """Losses, steps, codes and saves, a table each."""
+    rows = [
+        {"variant": v, "seed": s, "steps": 9, "val_loss": s + add}
+        for v, add in (("exact", 0.0), ("fast", 0.5)) for s in (1, 2)
+    ]  # fmt: skip
+    rows += [
+        {
+            "step": "fast", "parameters": 2_000_000, "weight_bytes": 8_000_000,
+            "gradient_bytes": 4_000_000, "moment_bytes": 4_060_000, "first_s": 0.25,
+            "seconds": [0.003, 0.004, 0.005],
+        },
+        {
+            "round_trip": "ours", "first": 0.01, "second": 0.02, "update": 0.03,
+            "update_largest": [2.0, 3.0], "first_zeroed": 5e-6, "second_zeroed": 0.0,
+            "first_changed_again": [0.5, 0.007], "second_changed_again": [0.0, 0.0],
+        },
+        {
+            "persistence": "fast", "file_bytes": 3_000_000, "weights_only": "read",
+            "weights_only_elsewhere": "refused: why", "our_reader": "read",
+            "resumes_bit_for_bit": True,
+        },
+    ]  # fmt: skip
+    put(tmp_path, "cpu", "states", rows)
+    text = report.page(report.load(tmp_path / "bench/results"))
+    assert "| held-out loss after 9 steps | seed 1 | seed 2 | mean |" in text
+    assert "| fast | 1.5000 | 2.5000 | 2.0000 |" in text
+    step = "| fast | 2.0 M | 4.00 (3.40 to 4.60) |  | 0.250 | 4.00 | 2.00 | 2.03 | 8.03 |"
+    assert step in text
+    assert "| error of the next update | 3.00 % |" in text
+    assert "| largest update, in learning rates | 3.00, in exact 2.00 |" in text
+    assert "in a million | 5.00 |" in text
+    assert "second trip changes | 50% by up to 0.7 % |" in text
+    assert "| second moments that it changes | none |" in text
+    assert "| fast | 3.0 MB | read | refused | read | yes |" in text
+
+
 def test_a_suite_nobody_knows_is_shown_and_cannot_break_the_table(report, tmp_path) -> None:
     rows = [{"what": "a|b\nc", "rate": 12345.6, "seconds": [1, 2], "none": None}]
     put(tmp_path, "cpu", "novel", rows)
