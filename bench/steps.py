@@ -43,6 +43,7 @@ from mypt_fast.model import GPT
 from mypt_fast.planner import search, step, table
 from mypt_fast.planner.operators import Setup
 from mypt_fast.training import device as devices
+from mypt_fast.training.memory import card_of
 from mypt_fast.training.optim import adamw, clip, make_optimizer
 
 WARM_UP = 3
@@ -97,7 +98,11 @@ class Case:
                 self.cfg, rows, self.sequences, table.POLICIES[variant.policy],
                 table.LAYOUTS[variant.state], dtype=self.dtype, device=self.device,
             )  # fmt: skip
-        card = search.Device(int(self.cap_gib * table.GIB), self.dtype)
+        memory = int(self.cap_gib * table.GIB)
+        card = search.Device(memory, self.dtype)
+        if self.device == "cuda":
+            precision = devices.Precision(DTYPES[self.dtype], False, "cuda")
+            card = card_of(torch.device("cuda"), precision, memory - table.CONTEXT_BYTES // 2)
         best = search.search(self.cfg, self.sequences, card, search.Able())[0]
         if not best.fits:
             raise ValueError(f"no plan fits {self.cap_gib} GiB")
@@ -122,8 +127,8 @@ def build(variant: Variant, setup: Setup) -> tuple[nn.Module, LossOf, LossOf]:
     if variant.ours:
         model: nn.Module = ours.to(device).train()
         assert sum(p.numel() for p in model.parameters()) == count_parameters(cfg).total
-        precision = devices.Precision(DTYPES[setup.dtype], False, device)
-        model.residual = devices.residual_dtype("auto", precision)
+        narrow = device == "cuda" and setup.dtype == "bf16"  # as the trainer's `auto`
+        model.residual = torch.bfloat16 if narrow else None
         model.chunk_rows = setup.chunk or 0
 
         def mean(x: Tensor, y: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from mypt_fast import kernels
 from mypt_fast.accounting import swiglu_hidden
 from mypt_fast.attention import KVCache, Segments, attend
 from mypt_fast.config import ModelConfig
+from mypt_fast.planner.table import POLICIES
 
 Pair = tuple[Tensor, Tensor]
 # What a feed-forward keeps where a policy makes its norm again (`kernels.norm_mlp`).
-SAVES = {"norms": "gate_up", "mlp": "input"}
+SAVES = {name: policy.mlp_save for name, policy in POLICIES.items() if policy.norms}
 
 
 class Linear(nn.Linear):

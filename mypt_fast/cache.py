@@ -28,17 +28,23 @@ def keep_compiled() -> str | None:
         return None
     kept = folder() / "compiled"
     try:
-        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-        kept.mkdir(mode=0o700, exist_ok=True)
+        _made(kept)
         kept = kept.resolve(strict=True)
         open_to = next((p for p in (kept, *kept.parents) if not _is_ours(p, p == kept)), None)
     except OSError as e:
         return f"{e.filename or kept}: {e.strerror or e}"
     if open_to is not None:
-        return f"others can write in {open_to}"
+        return f"others can write in {open_to}; `chmod go-w` shuts it"
     for name in unset:
         os.environ[name] = str(kept / COMPILERS[name])
     return None
+
+
+def _made(path: Path) -> None:
+    """Make a folder and its parents, all of them ours alone, whatever the umask is."""
+    if not path.is_dir():
+        _made(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 def _is_ours(path: Path, last: bool) -> bool:

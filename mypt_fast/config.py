@@ -31,7 +31,7 @@ class ModelConfig:
         0.2, "probability of dropping an activation in training", lo=0.0, below=1.0
     )
     bias: bool = arch(False, "biases in the attention projections")
-    use_checkpoint: bool = opt(False, "as --recompute block, which is newer and goes first")
+    use_checkpoint: bool = opt(False, "same as --recompute block; --recompute wins")
     device: str | None = opt(None, "cpu, cuda or cuda:N; default: the GPU where there is one")
     use_loss_mask: bool = opt(False, "weigh the loss by the dataset's masks")
     tie_weights: bool = arch(False, "share the embedding and the output matrix")
@@ -184,7 +184,8 @@ class TrainConfig:
     plan: str = opt(
         "auto",
         "auto: on a GPU, state, recompute, chunk_rows and micro_batch_size that are not given are "
-        "chosen as `mypt-fast plan` does; off: exact, nothing made again, one forward a batch",
+        "chosen as `mypt-fast plan` does; off: a new run is exact, makes nothing again, and takes "
+        "a batch in one forward",
         choices=("auto", "off"),
     )
     tf32: bool = opt(

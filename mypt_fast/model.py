@@ -28,7 +28,7 @@ from mypt_fast.block import (
 )
 from mypt_fast.config import ModelConfig
 from mypt_fast.kernels import rope_tables
-from mypt_fast.recompute import Again
+from mypt_fast.recompute import POLICIES, Again
 
 
 class GPT(nn.Module):
@@ -38,8 +38,11 @@ class GPT(nn.Module):
         cfg: the architecture; `cfg.check()` has passed.
         seed: of the initial weights; None leaves them unset (for loading).
         kernels: which implementation of the operators runs, `impl` of `mypt_fast.kernels`.
-        recompute: what the backward makes again, see `recompute.POLICIES`; None: every block with
-            `cfg.use_checkpoint`, else nothing.
+        recompute: what the backward makes again, one of `recompute.POLICIES`; None: every block
+            with `cfg.use_checkpoint`, else nothing.
+
+    Raises:
+        ValueError: for a `recompute` that there is not.
 
     Attributes:
         residual: dtype of the residual stream; None: as the embedding's.
@@ -60,6 +63,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.impl = cfg, kernels
         self.recompute = recompute or ("block" if cfg.use_checkpoint else "none")
+        if self.recompute not in POLICIES or (self.recompute in SAVES and cfg.per_head_era):
+            raise ValueError(
+                f"GPT: expected recompute to be one of {', '.join(POLICIES)}, and beside the ReLU "
+                f"of older weights none of {', '.join(SAVES)}; found {self.recompute!r}"
+            )
         self.residual: torch.dtype | None = None
         self.chunk_rows = 0
         self.token_embedding_table = Embedding(cfg.vocab_size, cfg.n_embd)
@@ -200,6 +208,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the normalised last hidden states, (B, T, C); arguments as in `forward`."""
         T = idx.shape[1]
+        if seeds is None and self.recompute in SAVES:
+            seeds = self._seeds(idx.device)
         past = cache.length if cache is not None else 0
         if past + T > self.config.block_size:
             raise ValueError(

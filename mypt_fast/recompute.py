@@ -8,12 +8,14 @@
 | block | the residual stream before it | everything |
 | offload | the same, in host memory | everything |
 
-"norms" and "mlp" are ways of the operators `kernels.norm_qkv` and `kernels.norm_mlp`; the others
-run a block twice, with the same random numbers.
+"norms" and "mlp" are ways of the operators `kernels.norm_qkv` and `kernels.norm_mlp`, which call no
+module of a block: hooks on those do not run in training. The others run a block twice, with the
+same random numbers.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +61,6 @@ class Waiting:
 
     host: Tensor
     device: torch.device
-    there: torch.cuda.Event | None = None
     back: Tensor | None = None
     here: torch.cuda.Event | None = None
 
@@ -92,7 +93,6 @@ class Host:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 host.copy_(t, non_blocking=True)
-                kept.there = self.stream.record_event()
             t.record_stream(self.stream)
         self.waiting.append(kept)
         return kept
@@ -125,6 +125,7 @@ class Host:
             kept.here = self.stream.record_event()
 
 
+@functools.cache
 def copies(device: torch.device) -> torch.cuda.Stream:
-    """A stream of its own for copies; the pool of torch hands out the same few again."""
+    """The stream of a device's copies: one, as free memory is kept for each stream apart."""
     return torch.cuda.Stream(device)

@@ -4,6 +4,7 @@ Medians of a handful of samples, under two minutes on two CPU cores. Nothing is 
 anybody here: bench/ does that, both sides in one run.
 """
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mypt_fast import __version__, kernels, presets
 from mypt_fast.accounting import count_parameters, flops_per_token, mfu, training_bytes
@@ -25,9 +26,11 @@ from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import DeviceError
 from mypt_fast.kernels.ceiling import matmul_tflops
 from mypt_fast.model import GPT
+from mypt_fast.planner import search
 from mypt_fast.training import device as devices
 from mypt_fast.training.compiling import settled
-from mypt_fast.training.optim import adamw
+from mypt_fast.training.memory import MemoryPlan, as_plan, card_of
+from mypt_fast.training.optim import clip, make_optimizer
 from mypt_fast.training.utilisation import of_measured
 
 SCHEMA = 1
@@ -145,8 +148,10 @@ def head(clock: Clock, precision: devices.Precision, quick: bool, samples: int) 
     return {"shape": f"{N} x {C} x {V}", "flops": 6.0 * N * C * V, **found}
 
 
-def choose(device: torch.device, quick: bool) -> tuple[str, int, ModelConfig]:
-    """The first preset that is estimated to fit, its sequences a step, its shape.
+def choose(
+    device: torch.device, precision: devices.Precision, quick: bool
+) -> tuple[str, ModelConfig, MemoryPlan]:
+    """The first preset that is estimated to fit, its shape, and how it is trained.
 
     Raises:
         DeviceError: if not even the smallest fits.
@@ -154,32 +159,51 @@ def choose(device: torch.device, quick: bool) -> tuple[str, int, ModelConfig]:
     free = devices.free_bytes(device)
     for name, rows in (QUICK if quick else STEPS)[device.type]:
         cfg = presets.load(presets.shipped_dir() / f"{name}.json").model
-        needed = training_bytes(cfg, rows, attention_matrix=device.type == "cpu")
+        if device.type == "cuda":
+            plan = planned(dataclasses.replace(cfg, batch_size=rows), device, precision, free)
+            if plan is not None:
+                return name, cfg, plan
+            continue
+        needed = training_bytes(cfg, rows, attention_matrix=True)
         if needed <= SHARE_OF_FREE * free:
-            return name, rows, cfg
+            return name, cfg, MemoryPlan(rows)
     raise DeviceError(
-        f"bench trains at least {name}", f"it needs {needed >> 20} MiB and {free >> 20} are free",
+        f"bench trains at least {name}", f"{free >> 20} MiB are free, which is too little",
         "end other programs, or pass --device cpu" if device.type == "cuda" else "free some memory",
     )  # fmt: skip
 
 
+def planned(
+    cfg: ModelConfig, device: torch.device, precision: devices.Precision, free: int
+) -> MemoryPlan | None:
+    """The plan of a batch on a GPU, as `train` makes it; None where none fits."""
+    card = card_of(device, precision, int(SHARE_OF_FREE * free))
+    choices = search.able(cfg, TrainConfig(), precision.name)
+    best = search.search(cfg, cfg.batch_size, card, choices)[0]
+    return as_plan(best, "bf16" if precision.name == "bf16" else "fp32") if best.fits else None
+
+
 def step(clock: Clock, precision: devices.Precision, quick: bool, samples: int) -> dict[str, Any]:
-    """One optimizer step, as `mypt-fast train` takes it, on tokens at random."""
+    """One optimizer step, with the plan that `mypt-fast train` makes, on tokens at random."""
     device = torch.device(clock.device)
-    name, rows, cfg = choose(device, quick)
-    train = TrainConfig()
-    model = GPT(cfg).to(device).train()
+    name, cfg, plan = choose(device, precision, quick)
+    train = TrainConfig(state=plan.state)
+    model = GPT(cfg, recompute=plan.recompute).to(device).train()
+    model.residual = torch.bfloat16 if plan.residual == "bf16" else None
+    model.chunk_rows, rows = plan.chunk_rows, sequences(name, device, quick)
     compiled = bool(settled(train, device))
     if compiled:
         model.compile_blocks()
-    optimizer, scaler = adamw(model, train), torch.amp.GradScaler(device.type, precision.scaler)
+    optimizer = make_optimizer(model, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision.scaler)
     draw = torch.Generator().manual_seed(0)
     shape = (rows, cfg.block_size)
     x, y = (torch.randint(cfg.vocab_size, shape, generator=draw).to(device) for _ in "xy")
+    parts = list(zip(x.split(plan.micro_batch), y.split(plan.micro_batch), strict=True))
 
     def once() -> float:
         began = time.perf_counter()
-        one_step(model, optimizer, scaler, precision, x, y)
+        one_step(model, optimizer, scaler, precision, parts)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -192,22 +216,29 @@ def step(clock: Clock, precision: devices.Precision, quick: bool, samples: int) 
     tokens = x.numel()
     return {
         "preset": name, "sequences": rows, "parameters": count_parameters(cfg).total,
-        "compiled": compiled, "tokens_per_step": tokens, "first_step_s": first,
+        "compiled": compiled, **plan.fields(), "tokens_per_step": tokens, "first_step_s": first,
         "tokens_per_s": tokens / found["median_s"], "flops": tokens * flops_per_token(cfg),
         "peak_bytes": devices.peak_bytes(device), **found,
     }  # fmt: skip
 
 
+def sequences(name: str, device: torch.device, quick: bool) -> int:
+    """Sequences of a step of that preset."""
+    return dict((QUICK if quick else STEPS)[device.type])[name]
+
+
 def one_step(
     model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    precision: devices.Precision, x: Tensor, y: Tensor,
+    precision: devices.Precision, parts: list[tuple[Tensor, Tensor]],
 ) -> None:  # fmt: skip
-    """Forward, backward, clipping and AdamW."""
-    with precision.autocast():
-        loss = model(x, y) / y.numel()
-    scaler.scale(loss).backward()
+    """Forward and backward of every micro-batch, clipping and AdamW."""
+    tokens = sum(y.numel() for _, y in parts)
+    for x, y in parts:
+        with precision.autocast():
+            loss = model(x, y) / tokens
+        scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    clip(optimizer, model, 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -229,7 +260,7 @@ def lines(record: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         else:
             what += f", {row['sequences']} sequences, {record['dtype']}"
             what += ", compiled" if row["compiled"] else ""
-            share = of_measured(row["mfu"], ceiling[record["dtype"]] / 1e12)
+            share = of_measured(row["mfu"], ceiling[record["dtype"]] / 1e12, advises=False)
             rate = f"{row['tokens_per_s']:,.0f} tokens/s, MFU {share}"
         rows.append((row["part"], what, _time(row["median_s"]), rate))
     return rows

@@ -34,10 +34,10 @@ COMMANDS = {
     "tune": "choose how kernels are launched on this GPU",
 }
 TRAINING = ("train", "run", "bench", "verify-resume")  # commands that fill a GPU's memory
-# Settings of torch's allocator, which reads them at its first allocation on a GPU; in the second
-# the older name, which torch still prefers.
+# Settings of torch's allocator, which reads them at its first allocation on a GPU; the one with
+# CUDA in it is the older name, which torch still prefers.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-COMPILING = {"train", "run", "generate", "verify-resume", "bench", "tune"}
+COMPILING = (*TRAINING, "generate", "tune")
 ALIASES = {"--config": "--config_file"}
 EPILOG = """\
 start here:

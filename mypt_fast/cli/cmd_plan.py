@@ -1,11 +1,13 @@
 """`mypt-fast plan`: what training a model needs, and about how fast it is, before it starts."""
 
 import argparse
+import dataclasses
 import json
 import re
 from typing import Any
 
 from mypt_fast import accounting, console, presets
+from mypt_fast.config import TrainConfig
 from mypt_fast.errors import ConfigError
 from mypt_fast.planner import advice, cards, ceiling, search, step, table
 from mypt_fast.schema import not_among
@@ -53,17 +55,14 @@ def run(args: argparse.Namespace) -> int:
         text = ranking_lines(device, rows)
     else:
         preset = presets.load(args.config_file)
-        choices = choices_for(preset, device, typed)
-        plans = _search(preset, device, choices)
+        device = device.computing_in(dtype_of(preset, device))
+        plans = _search(preset, device, typed)
         report = report_of(preset, device, plans)
-        text = [] if args.json and not plans[0].fits else plan_lines(preset, device, plans)
         if not plans[0].fits:
             if args.json:
                 print(json.dumps(report, indent=2))
-            raise advice.does_not_fit(
-                preset.path.stem, preset.model, sequences_of(preset), device, plans, choices,
-                residual_of(preset),
-            )  # fmt: skip
+            raise _does_not_fit(preset, device, plans, typed)
+        text = plan_lines(preset, device, plans)
     print(json.dumps(report, indent=2) if args.json else "\n".join(text))
     return 0
 
@@ -89,7 +88,9 @@ def parse_size(text: str) -> int:
     size = float(found[1]) * unit if found and unit else 0.0
     if not 0.25 <= size <= MOST_GIB:
         raise ConfigError(
-            f"--vram: expected a size from 0.25G to {MOST_GIB}G", f"found {text[:40]!r}", "as 16G"
+            f"--vram: expected a size from 0.25G to {MOST_GIB}G",
+            f"found {text[:40]!r}",
+            "write it as 16G",
         )
     return int(size * table.GIB)
 
@@ -100,28 +101,20 @@ def check(flag: str, wanted: str | None, able: tuple[str, ...]) -> None:
         raise ConfigError(f"{flag}: {not_among(wanted, able)}")
 
 
-def choices_for(
-    preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
-) -> search.Able:
-    """What may be chosen: a flag goes before what the preset fixes."""
-    able, train = search.Able(), preset.train
-    layouts = able.layouts if device.dtype == "bf16" else ("exact",)  # the others compute in it
-    state = typed["state"] or train.state
-    if state not in ("auto", *layouts):
-        raise ConfigError(
-            f"--state {state} computes with bf16 weights", f"found {device.dtype} on {device.name}",
-            "use --state exact",
-        )  # fmt: skip
-    policy = typed["recompute"] or train.recompute
-    if policy == "auto" and preset.model.use_checkpoint:
-        policy = "block"
-    chunks = (train.chunk_rows,) if train.chunk_rows else able.chunks
-    return search.Able(
-        layouts if state == "auto" else (state,),
-        able.policies if policy == "auto" else (policy,),
-        chunks,
-        train.micro_batch_size or None,
-    )
+def settings_of(preset: presets.Preset, typed: dict[str, str | None]) -> TrainConfig:
+    """The preset's settings, with what was typed before them."""
+    train = preset.train
+    return dataclasses.replace(
+        train,
+        state=typed["state"] or train.state, recompute=typed["recompute"] or train.recompute,
+    )  # fmt: skip
+
+
+def dtype_of(preset: presets.Preset, device: search.Device) -> str:
+    """What the preset computes in on the device."""
+    if not preset.train.use_amp:
+        return "fp32"
+    return "fp16" if preset.train.amp_dtype == "fp16" else device.dtype
 
 
 def residual_of(preset: presets.Preset) -> int | None:
@@ -130,11 +123,26 @@ def residual_of(preset: presets.Preset) -> int | None:
 
 
 def _search(
-    preset: presets.Preset, device: search.Device, choices: search.Able
+    preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
 ) -> list[search.Plan]:
+    choices = search.able(preset.model, settings_of(preset, typed), device.dtype)
     return search.search(
         preset.model, sequences_of(preset), device, choices, residual=residual_of(preset)
     )
+
+
+def _does_not_fit(
+    preset: presets.Preset, device: search.Device, plans: list[search.Plan],
+    typed: dict[str, str | None],
+) -> ConfigError:  # fmt: skip
+    train = settings_of(preset, typed)
+    choices, able = (
+        search.able(preset.model, t, device.dtype) for t in (train, search.left_open(train))
+    )
+    return advice.does_not_fit(
+        preset.path.stem, preset.model, sequences_of(preset), device, plans, choices, able,
+        residual_of(preset),
+    )  # fmt: skip
 
 
 def sequences_of(preset: presets.Preset) -> int:
@@ -276,7 +284,8 @@ def shown_rate(rate: float, width: int) -> str:
 def _ranked(
     preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
 ) -> dict[str, Any]:
-    plans = _search(preset, device, choices_for(preset, device, typed))
+    device = device.computing_in(dtype_of(preset, device))
+    plans = _search(preset, device, typed)
     report = report_of(preset, device, plans)
     best = report.pop("plans")[0]
     report.pop("device")

@@ -147,7 +147,10 @@ def _prepared(
 
     with console.byte_progress() as progress:
         opened = open_run(resolved, progress)
-    opened.ceilings, measured = find(opened.device, opened.precision, resolved.model)
+    opened.ceilings, measured = find(
+        opened.device, opened.precision, resolved.model, tf32=resolved.train.tf32,
+        measures=not dry_run,
+    )  # fmt: skip
     opened.notices += [measured] if measured else []
     for notice in opened.notices:
         console.notice(f"note: {notice}")

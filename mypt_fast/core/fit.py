@@ -236,7 +236,7 @@ def _run(model: GPT, settings: Settings) -> Run:
         f"{precision.name} on {device}"
     )
     settings.train.state = "exact"  # the optimizer is the caller's
-    plan = MemoryPlan(settings.model.batch_size)
+    plan = MemoryPlan(settings.model.batch_size, model.recompute)
     ceilings, measured = find(device, precision, settings.model)
     if measured:
         console.notice(f"note: {measured}")

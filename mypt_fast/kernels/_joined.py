@@ -96,7 +96,7 @@ def norm_gradients(
 
     That of the branch is empty, too, where it is that of the residual stream: see `shared`.
     """
-    apart = branch_dtype is not None and (seed is not None or branch_dtype is not h.dtype)
+    apart = _apart(h, seed, branch_dtype)
     p = 0.0 if seed is None else p
     dresidual, dbranch, dweight, dbias = norms._norm_backward(
         dy, dh, h, weight, *statistics, seed, 0.0, center, p, branch_dtype if apart else None,
@@ -105,12 +105,17 @@ def norm_gradients(
     return dbranch, dresidual, dweight, dbias
 
 
+def _apart(h: Tensor, seed: Tensor | None, branch_dtype: torch.dtype | None) -> bool:
+    """Whether the branch's gradient is not that of the stream itself."""
+    return branch_dtype is not None and (seed is not None or branch_dtype is not h.dtype)
+
+
 def norm_like(
     h: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None,
     branch_dtype: torch.dtype | None,
 ) -> list[Tensor]:  # fmt: skip
     """Empty results of `norm_gradients`."""
-    apart = branch_dtype is not None and (seed is not None or branch_dtype is not h.dtype)
+    apart = _apart(h, seed, branch_dtype)
     dbranch = h.new_empty(h.shape if apart else 0, dtype=branch_dtype or h.dtype)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     return [dbranch, h.new_empty(h.shape), torch.empty_like(weight), dbias]

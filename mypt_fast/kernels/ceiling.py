@@ -22,8 +22,13 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, seconds: float) -> f
     for n in sizes:
         if best and 3 * 2 * n**3 / (1e12 * best) > seconds / len(sizes):
             break
-        a, b = (torch.randn(n, n, generator=draw, device=device).to(dtype) for _ in "ab")
-        out = torch.empty_like(a)
+        try:
+            a, b = (torch.randn(n, n, generator=draw, device=device).to(dtype) for _ in "ab")
+            out = torch.empty_like(a)
+        except RuntimeError:  # torch.OutOfMemoryError is one: a smaller size may have fitted
+            if not best:
+                raise
+            break
 
         def multiply(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
             torch.mm(a, b, out=out)

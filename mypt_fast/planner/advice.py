@@ -28,6 +28,7 @@ def does_not_fit(
     device: search.Device,
     plans: Sequence[search.Plan],
     choices: search.Able,
+    able: search.Able,
     residual: int | None = None,
 ) -> ConfigError:
     """The error of a model that cannot be trained on a device, with the smallest change.
@@ -39,18 +40,19 @@ def does_not_fit(
         device: that it does not fit.
         plans: what was found for it, the leanest first.
         choices: what those were chosen from.
+        able: what could be chosen where nothing was asked for.
         residual: as `Setup` takes it.
     """
-    able, least, change = search.Able(), plans[0], ""
+    least, change = plans[0], ""
     if choices != able:
         wider = search.search(cfg, sequences, device, able, residual=residual)
         if wider[0].fits:
             change = f"{flags_of(wider[0])} would fit"
     if not change:
-        change = search.smaller_model(cfg, sequences, device, able, residual=residual)
+        change = search.smaller_model(cfg, sequences, device, choices, residual=residual)
     need = nominal_gib(least.peak.total)
     return ConfigError(
         f"{name} does not fit {console.bytes_text(device.room)}",
         f"the leanest plan ({flags_of(least)}) needs {console.bytes_text(least.peak.total)}",
-        f"{change}; so would a card of {need} GB" if change else f"it takes a card of {need} GB",
+        f"{change}, or a card of {need} GB" if change else f"it takes a card of {need} GB",
     )

@@ -121,7 +121,7 @@ def find(name: str) -> Card:
     raise ConfigError(
         f"--gpu: no card of the name {name[:60]!r} is in the table",
         f"the nearest are {shown}" if near else f"it knows {shown}",
-        "or give --vram alone, for memory without tokens/s",
+        "use one of these, or --vram alone for memory without tokens/s",
     )
 
 

@@ -5,10 +5,11 @@ second, then memory. That spends bytes before FLOPs: recomputing costs time, sma
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from mypt_fast.config import ModelConfig
+from mypt_fast.config import ModelConfig, TrainConfig
+from mypt_fast.errors import ConfigError
 from mypt_fast.planner import speed, table
 from mypt_fast.planner.cards import Card
 from mypt_fast.planner.operators import Setup
@@ -27,6 +28,7 @@ class Device:
         dtype: to train in.
         tflops: matmul ceiling in that dtype, 0 where unknown: then speeds only rank.
         measured: whether the ceiling was measured on this very device.
+        rates: ceilings by dtype.
     """
 
     memory: int
@@ -37,6 +39,13 @@ class Device:
     share: float = 0.8
     measured: bool = False
     source: str = ""
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def computing_in(self, dtype: str) -> "Device":
+        """The same device, and its ceiling, in another dtype."""
+        if dtype == self.dtype:
+            return self
+        return dataclasses.replace(self, dtype=dtype, tflops=self.rates.get(dtype, 0.0))
 
     @property
     def room(self) -> int:
@@ -99,7 +108,48 @@ def device_for(card: Card | None, vram: int | None, measured: dict[str, float] |
     return Device(
         memory, card.dtype, card.name, own or card.tflops[card.dtype],
         bandwidth or card.gb_per_s, card.share, bool(own), card.source,
+        {**card.tflops, **{k: v for k, v in (measured or {}).items() if k in card.tflops}},
     )  # fmt: skip
+
+
+def able(cfg: ModelConfig, train: TrainConfig, dtype: str) -> Able:
+    """What a run's settings leave to be chosen.
+
+    Args:
+        cfg: the model; `use_checkpoint` is the policy "block".
+        train: settings; "auto" and 0 are what is left open.
+        dtype: of the matmuls.
+
+    Raises:
+        ConfigError: for a state layout that this dtype does not have.
+    """
+    everything = Able()
+    # the other layouts compute with bf16 weights
+    layouts = everything.layouts if dtype == "bf16" else ("exact",)
+    if train.state not in ("auto", *layouts):
+        raise ConfigError(
+            f"--state {train.state} computes with bf16 weights", f"found {dtype}",
+            "use --state exact",
+        )  # fmt: skip
+    policies = everything.policies
+    if train.kernels == "inductor" or cfg.per_head_era:  # what makes norms again is neither's
+        policies = tuple(name for name in policies if not table.POLICIES[name].norms)
+    policy = train.recompute
+    if policy == "auto" and cfg.use_checkpoint:
+        policy = "block"
+    return Able(
+        layouts if train.state == "auto" else (train.state,),
+        policies if policy == "auto" else (policy,),
+        (train.chunk_rows,) if train.chunk_rows else everything.chunks,
+        train.micro_batch_size or None,
+    )
+
+
+def left_open(train: TrainConfig) -> TrainConfig:
+    """The settings with nothing said about memory."""
+    return dataclasses.replace(
+        train, state="auto", recompute="auto", micro_batch_size=0, chunk_rows=0
+    )
 
 
 def micro_batches(cfg: ModelConfig, sequences: int) -> list[int]:

@@ -160,7 +160,9 @@ def go_on(run: Run, parts: Parts, start_step: int, peak_given: bool) -> None:
     if not peak_given:
         now = parts.optimizer.param_groups[0]["lr"]
         run.settings.train.learning_rate = _peak(state, start_step, now)
-    run.plan.micro_batch = saved_plan(run.settings).get("micro_batch", run.plan.micro_batch)
+    run.plan.micro_batch = saved_plan(run.settings, run.device).get(
+        "micro_batch", run.plan.micro_batch
+    )
     try:
         store.restore_state({**manifest, "data": _by_phase(run, manifest["data"])})
     except (KeyError, TypeError, ValueError) as e:

@@ -98,7 +98,10 @@ def choose(settings: Settings, shape: Shape, is_plain: bool, notices: list[str])
             )
         notices.append(f"attention {wanted} cannot run here ({why}): another is chosen")
     plan = settings.saved_state.get("plan")
-    saved = plan.get("attention") if isinstance(plan, dict) and not is_typed else None
+    plan = plan if isinstance(plan, dict) and not is_typed else {}
+    saved = plan.get("attention")
+    if "attention" in plan and saved is None and plan.get("device") == shape.device.type:
+        return None  # as torch decides, from the first step on
     if isinstance(saved, str) and saved in BACKENDS:
         why = fault(saved, shape)
         if why is None:
@@ -144,7 +147,8 @@ def measure(shape: Shape, names: list[str]) -> dict[str, float]:
 
 
 def _seconds(name: str, shape: Shape) -> float | None:
-    with contextlib.suppress(RuntimeError), _quiet():  # out of memory, with all the rows
+    # out of memory, with all the rows
+    with contextlib.suppress(RuntimeError), _quiet(), _own_random_numbers(shape.device):
         work = functools.partial(_once, name, shape, *_inputs(shape))
         return best_seconds(work, shape.device, SECONDS)
     return None
@@ -159,10 +163,12 @@ def fault(name: str, shape: Shape) -> str | None:
     one = replace(shape, rows=1)
     small = replace(one, length=min(SMALL, shape.length), dropout=0.0)
     try:
-        with _quiet() as said:
+        with _quiet() as said, _own_random_numbers(shape.device):
             _once(name, one, *_inputs(one))
             qkv, upstream = _inputs(small)
             found = _once(name, small, qkv, upstream)
+    except torch.OutOfMemoryError:
+        return None  # that says nothing about the kernel
     except RuntimeError as e:
         return _reason([str(w.message) for w in said], e)
     wanted = _once("math", small, qkv.detach().float().requires_grad_(), upstream.float())
@@ -176,7 +182,7 @@ def fault(name: str, shape: Shape) -> str | None:
 def _inputs(shape: Shape) -> tuple[Tensor, Tensor]:
     """Packed queries, keys and values as the projection leaves them, and a gradient.
 
-    Drawn by a generator of their own: the run's random numbers do not move.
+    Drawn by a generator of their own.
     """
     draw = torch.Generator(shape.device).manual_seed(0)
     rows = (shape.rows, shape.length)
@@ -193,6 +199,12 @@ def _once(name: str, shape: Shape, qkv: Tensor, upstream: Tensor) -> tuple[Tenso
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=shape.dropout)
     y = y.transpose(1, 2).flatten(2)
     return y.detach(), torch.autograd.grad(y, qkv, upstream)[0]
+
+
+def _own_random_numbers(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The run's do not move: dropout draws from torch's generator."""
+    devices_ = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices_)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from mypt_fast.accounting import flops_per_token
 from mypt_fast.config import TrainConfig
+from mypt_fast.data.loader import TokenLoader
 from mypt_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def choose(run: Run, start_step: int) -> Choice:
 def _chosen(run: Run, start_step: int) -> Choice:
     asked = settled(run.settings.train, run.device)
     if asked is not None:
-        return Choice(asked, "compiled" if asked else "eager")
+        lacking = _lacking(run.device) if run.settings.train.compile == "auto" else None
+        why = f": {lacking} is missing" if lacking else ""  # nothing is slower without a word
+        return Choice(asked, "compiled" if asked else f"eager{why}")
     kept = None if "compile" in run.settings.typed else _kept(run)
     if kept is False:
         return Choice(False, "eager")
@@ -110,7 +113,7 @@ def _payback(run: Run, start_step: int) -> Choice:
 
     s, left = run.settings, run.settings.train.max_iters - start_step
     cfg = s.model
-    one_graph = s.train.documents in ("auto", "concat")  # documents break a block's on a CPU
+    one_graph = all(isinstance(p.train, TokenLoader) for p in run.phases)  # documents break it
     speed = estimated_tokens_per_s(run)
     if cfg.mlp_type != "swiglu" or cfg.dropout or not one_graph or speed is None:
         return Choice(False, "eager")

@@ -42,7 +42,11 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
     if usable:
         index = int(wanted.split(":")[1]) if wanted.startswith("cuda:") else 0
         if index >= torch.cuda.device_count():
-            raise DeviceError(f"device {wanted}", f"found {torch.cuda.device_count()} GPU(s)")
+            raise DeviceError(
+                f"device {wanted}", f"found {torch.cuda.device_count()} GPU(s)",
+                "number them from 0",
+            )  # fmt: skip
+        _check_built_for(index)
         return torch.device("cuda", index), None
     reason = _one_line(str(caught[-1].message)) if caught else ""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -66,6 +70,26 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
         ), f"device {wanted} is stored in the config; no GPU here, using the CPU"
     without = f"a GPU driver is here, but torch {torch.__version__} is built without CUDA"
     return torch.device("cpu"), f"{without}: using the CPU" if driver else None
+
+
+def _check_built_for(index: int) -> None:
+    """Raise DeviceError for a GPU that this torch has no code for, as newer ones for a V100."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = [arch.removesuffix("a").rpartition("_") for arch in torch.cuda.get_arch_list()]
+    known = [(kind, int(n[:-1]), int(n[-1])) for kind, _, n in built if n.isdigit()]
+    runs = any(
+        (kind == "sm" and a == major and b <= minor)
+        or (kind == "compute" and (a, b) <= (major, minor))
+        for kind, a, b in known
+    )
+    if known and not runs:
+        oldest = min((a, b) for _, a, b in known)
+        raise DeviceError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(index)}, "
+            f"compute capability {major}.{minor}",
+            f"it was built for {oldest[0]}.{oldest[1]} and newer",
+            "install a torch that was built for it, or pass --device cpu",
+        )
 
 
 def _driver_present() -> bool:
@@ -129,9 +153,12 @@ def moved(t: Tensor, device: torch.device) -> Tensor:
     """Bring a tensor to the device, and let the host not wait for it.
 
     A GPU copies from page-locked memory; from other memory the host would first wait for all that
-    the GPU has to do. torch keeps that memory until the copy is done.
+    the GPU has to do. torch keeps that memory until the copy is done. What is page-locked already
+    is its owner's, and copied at once.
     """
     if device.type != "cuda" or t.device.type != "cpu":
+        return t.to(device)
+    if t.is_pinned():  # its owner may write in it again: torch would copy from it later
         return t.to(device)
     return t.pin_memory().to(device, non_blocking=True)
 
@@ -156,21 +183,6 @@ def for_state(state: str, found: Precision, use_amp: bool) -> tuple[str, Precisi
         return "exact", found, f"state {state} needs bf16, and this run computes in fp16: exact"
     note = f"state {state} computes in bf16, which this CPU emulates"
     return state, Precision(torch.bfloat16, False, found.device_type), note
-
-
-def residual_dtype(wanted: str, found: Precision) -> torch.dtype | None:
-    """Dtype of the residual stream where it is not that of the embeddings, fp32.
-
-    Raises:
-        ConfigError: for bf16 beside another precision.
-    """
-    bf16 = found.dtype is torch.bfloat16
-    if wanted == "bf16" and not bf16:
-        raise ConfigError(
-            "--residual_dtype bf16 is for bf16 mixed precision", f"found {found.name}", "drop it"
-        )
-    narrow = wanted == "bf16" or (wanted == "auto" and bf16 and found.device_type == "cuda")
-    return torch.bfloat16 if narrow else None
 
 
 def check_kernels(impl: str, device: torch.device, precision: Precision) -> None:

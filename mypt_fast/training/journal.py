@@ -64,9 +64,7 @@ class Journal:
                 "gold_selection": tc.to_dict()["gold_selection"],
                 "micro_batch_size": self.run.plan.micro_batch,
                 "plan": {
-                    "state": self.run.plan.state,
-                    "recompute": self.run.plan.recompute,
-                    "chunk_rows": self.run.plan.chunk_rows,
+                    **self.run.plan.fields(),
                     "predicted": self.run.plan.predicted and self.run.plan.predicted.parts,
                 },
                 "seed": tc.seed,

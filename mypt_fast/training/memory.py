@@ -32,6 +32,7 @@ class MemoryPlan:
         recompute: policy of `recompute.POLICIES`.
         state: layout of `training/optim.py`.
         chunk_rows: rows of logits at a time, 0 where the head chooses.
+        residual: dtype of the residual stream, "fp32" or "bf16".
         predicted: the peak of a step, None where nobody predicted it.
     """
 
@@ -39,7 +40,15 @@ class MemoryPlan:
     recompute: str = "none"
     state: str = "exact"
     chunk_rows: int = 0
+    residual: str = "fp32"
     predicted: step.Peak | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """What is saved with the run, and logged at its start."""
+        return {
+            "micro_batch_size": self.micro_batch, "recompute": self.recompute,
+            "state": self.state, "chunk_rows": self.chunk_rows, "residual_dtype": self.residual,
+        }  # fmt: skip
 
 
 def choose_plan(
@@ -52,7 +61,7 @@ def choose_plan(
     """What the user typed, else what the saved run had, else what fits and is fastest.
 
     Args:
-        settings: of the run; not changed.
+        settings: of the run, vocabulary included; not changed.
         device: it trains on.
         precision: of its matmuls.
         free: bytes that it may use.
@@ -65,83 +74,116 @@ def choose_plan(
     wanted = settings.train.micro_batch_size
     if wanted > settings.global_batch:
         raise ConfigError(
-            "micro_batch_size is larger than the global batch",
-            f"found {wanted} > {settings.global_batch}",
-        )
-    fixed = _fixed(settings)
-    check_policy(fixed.get("recompute", "none"), device, settings)
-    if device.type == "cuda" and settings.train.plan == "auto":
-        return _planned(settings, fixed, device, precision, free, notices)
-    return _plain(settings, fixed, device, precision, free, notices)
-
-
-def check_policy(policy: str, device: torch.device, settings: Settings) -> None:
-    """Raise ConfigError for a recompute policy that cannot run here."""
-    if policy == "offload" and device.type == "cpu":
-        raise ConfigError(
-            "--recompute offload keeps residuals in host memory",
-            "found a CPU, which computes there already", "use --recompute block",
+            f"--micro_batch_size {wanted} is more than a step has",
+            f"found {settings.global_batch} sequences a step", "lower it, or drop it",
         )  # fmt: skip
-    if policy in _operators_policies() and settings.train.kernels == "inductor":
-        raise ConfigError(
-            f"--recompute {policy} is done by operators that torch.compile does not look into",
-            "found --kernels inductor", "drop one of the two",
-        )  # fmt: skip
-    if policy in _operators_policies() and settings.model.per_head_era:
-        raise ConfigError(
-            f"--recompute {policy} knows GELU and SwiGLU", "found the ReLU of older checkpoints",
-            "use --recompute block",
-        )  # fmt: skip
-    typed = {"use_checkpoint", "recompute"} <= settings.typed and settings.model.use_checkpoint
-    if typed and policy not in ("block", "offload"):
-        raise ConfigError(
-            "--use_checkpoint is --recompute block", f"found --recompute {policy} beside it",
-            "drop one of the two",
-        )  # fmt: skip
+    kept = saved_plan(settings, device)
+    train = _settled(settings, kept)
+    _check_policy(train.recompute, device, settings)
+    residual = residual_dtype(settings, precision, kept)
+    if device.type == "cuda" and train.plan == "auto":
+        return _planned(settings, train, kept, residual, device, precision, free, notices)
+    return _plain(settings, train, kept, residual, device, precision, free, notices)
 
 
-def _operators_policies() -> list[str]:
-    return [name for name, policy in table.POLICIES.items() if policy.norms]
+def saved_plan(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """What the saved run was trained with, by field of `MemoryPlan`, as far as it makes sense.
 
-
-def saved_plan(settings: Settings) -> dict[str, Any]:
-    """What the saved run was trained with, if it is for the same global batch.
-
-    Another split would draw dropout in another order. Values that no run has are left out.
+    Only the state layout goes with a run to another device, or to another global batch: there
+    other memory is to be filled.
     """
     plan = settings.saved_state.get("plan")
-    if not isinstance(plan, dict) or plan.get("global_batch") != settings.global_batch:
+    if not isinstance(plan, dict):
         return {}
     found: dict[str, Any] = {}
+    state = plan.get("state", "exact")  # absent in older bundles
+    if state in table.SEARCHED_LAYOUTS:
+        found["state"] = state
+    same_device = plan.get("device", device.type) == device.type
+    if plan.get("global_batch") != settings.global_batch or not same_device:
+        return found
     rows, chunk = plan.get("micro_batch_size"), plan.get("chunk_rows", 0)
     if isinstance(rows, int) and 0 < rows <= settings.global_batch:
         found["micro_batch"] = rows
     if isinstance(chunk, int) and chunk >= 0:
         found["chunk_rows"] = chunk
-    # absent in older bundles
-    state, policy = plan.get("state", "exact"), plan.get("recompute")
-    policy = policy or ("block" if plan.get("use_checkpoint") is True else "none")
-    if state in table.SEARCHED_LAYOUTS:
-        found["state"] = state
+    policy = plan.get("recompute") or ("block" if plan.get("use_checkpoint") is True else "none")
     if policy in table.POLICIES:
         found["recompute"] = policy
+    if plan.get("residual_dtype", "fp32") in ("fp32", "bf16"):
+        found["residual"] = plan.get("residual_dtype", "fp32")
     return found
 
 
-def _fixed(settings: Settings) -> dict[str, Any]:
-    """Fields of the plan that are not to be chosen: as typed, or as the saved run has them."""
-    train, fixed = settings.train, saved_plan(settings)
-    if train.micro_batch_size:
-        fixed["micro_batch"] = train.micro_batch_size
-    if train.state != "auto":
-        fixed["state"] = train.state
-    if train.chunk_rows:
-        fixed["chunk_rows"] = train.chunk_rows
-    if train.recompute != "auto":
-        fixed["recompute"] = train.recompute
-    elif settings.model.use_checkpoint and fixed.get("recompute") not in ("block", "offload"):
-        fixed["recompute"] = "block"
-    return fixed
+def residual_dtype(settings: Settings, precision: devices.Precision, kept: dict[str, Any]) -> str:
+    """Dtype of the residual stream: as asked for, as the saved run had it, else the device's.
+
+    Raises:
+        ConfigError: for bf16 beside another precision.
+    """
+    asked, bf16 = settings.train.residual_dtype, precision.name == "bf16"
+    if asked == "bf16" and not bf16:
+        raise ConfigError(
+            "--residual_dtype bf16 is for bf16 mixed precision", f"found {precision.name}",
+            "drop it",
+        )  # fmt: skip
+    if asked == "auto":
+        asked = kept.get("residual", "bf16" if precision.device_type == "cuda" else "fp32")
+    return asked if bf16 else "fp32"
+
+
+def _settled(settings: Settings, kept: dict[str, Any]) -> TrainConfig:
+    """The settings, and where they leave something open what the saved run had.
+
+    A typed --use_checkpoint or --no_use_checkpoint goes before what was saved, as every flag.
+    """
+    train, typed = settings.train, settings.typed
+    policy, saved = train.recompute, kept.get("recompute", "auto")
+    if "use_checkpoint" in typed and "recompute" not in typed:
+        remade = saved in ("block", "offload")
+        if settings.model.use_checkpoint:
+            policy = saved if remade else "block"
+        else:
+            policy = "none" if remade or policy in ("block", "offload") else policy
+    if policy == "auto":
+        policy = saved
+    if policy == "auto" and settings.model.use_checkpoint:
+        policy = "block"
+    return dataclasses.replace(
+        train,
+        state=kept.get("state", "auto") if train.state == "auto" else train.state,
+        recompute=policy,
+        micro_batch_size=train.micro_batch_size or kept.get("micro_batch", 0),
+        chunk_rows=train.chunk_rows or kept.get("chunk_rows", 0),
+    )
+
+
+def _check_policy(policy: str, device: torch.device, settings: Settings) -> None:
+    """Raise ConfigError for a recompute policy that cannot run here."""
+    is_typed = "recompute" in settings.typed
+    named = f"--recompute {policy}" if is_typed else f"recompute {policy}, of the run or its config"
+    operators = policy in table.POLICIES and table.POLICIES[policy].norms
+    if policy == "offload" and device.type == "cpu":
+        raise ConfigError(
+            f"{named}, keeps residuals in host memory",
+            "found a CPU, which computes there already", "use --recompute block",
+        )  # fmt: skip
+    if operators and settings.train.kernels == "inductor":
+        raise ConfigError(
+            f"{named}, is done by operators that torch.compile does not look into",
+            "found --kernels inductor", "use another of the two",
+        )  # fmt: skip
+    if operators and settings.model.per_head_era:
+        raise ConfigError(
+            f"{named}, knows GELU and SwiGLU", "found the ReLU of older checkpoints",
+            "use --recompute block",
+        )  # fmt: skip
+    both = {"use_checkpoint", "recompute"} <= settings.typed and settings.model.use_checkpoint
+    if both and policy not in ("block", "offload"):
+        raise ConfigError(
+            "--use_checkpoint is --recompute block", f"found --recompute {policy} beside it",
+            "drop one of the two",
+        )  # fmt: skip
 
 
 # a GPU
@@ -161,91 +203,81 @@ def card_of(device: torch.device, precision: devices.Precision, free: int) -> se
     )  # fmt: skip
 
 
-def able(settings: Settings, precision: devices.Precision, fixed: dict[str, Any]) -> search.Able:
-    """What the planner may choose from."""
-    everything = search.Able()
-    layouts = everything.layouts if precision.name == "bf16" else ("exact",)
-    policies = everything.policies
-    if settings.train.kernels == "inductor" or settings.model.per_head_era:
-        policies = tuple(p for p in policies if p not in _operators_policies())
-    chunk = fixed.get("chunk_rows")
-    return search.Able(
-        (fixed["state"],) if "state" in fixed else layouts,
-        (fixed["recompute"],) if "recompute" in fixed else policies,
-        (chunk,) if chunk else everything.chunks,
-        fixed.get("micro_batch"),
-    )
-
-
 def _planned(
-    settings: Settings, fixed: dict[str, Any], device: torch.device, precision: devices.Precision,
-    free: int, notices: list[str],
+    settings: Settings, train: TrainConfig, kept: dict[str, Any], residual: str,
+    device: torch.device, precision: devices.Precision, free: int, notices: list[str],
 ) -> MemoryPlan:  # fmt: skip
     cfg, card = settings.model, card_of(device, precision, free)
-    residual = residual_bytes(settings.train, precision)
-    choices = able(settings, precision, fixed)
-    saved = saved_plan(settings)
-    if saved and all(fixed.get(k) == v for k, v in saved.items()) and len(saved) == 4:
+    wide = 2 if residual == "bf16" else 4
+    sequences, as_saved = settings.global_batch, "micro_batch" in kept
+    choices = search.able(cfg, train, precision.name)
+    if as_saved and train.micro_batch_size == kept["micro_batch"] and train.recompute != "auto":
+        # it ran so before: it is not asked whether it could run better
         setup = Setup(
-            cfg, saved["micro_batch"], settings.global_batch, table.POLICIES[saved["recompute"]],
-            table.LAYOUTS[saved["state"]], saved["chunk_rows"] or None, precision.name,
-            residual=residual,
+            cfg, train.micro_batch_size, sequences, table.POLICIES[train.recompute],
+            table.LAYOUTS[choices.layouts[0]], train.chunk_rows or None, precision.name,
+            residual=wide,
         )  # fmt: skip
-        return MemoryPlan(**saved, predicted=step.peak(setup))  # it has run so before
-    plans = search.search(cfg, settings.global_batch, card, choices, residual=residual)
+        best = search.evaluate(setup, card)
+        if not best.fits:
+            notices.append(
+                f"the saved plan may not fit: it takes {console.bytes_text(best.peak.total)} of "
+                f"{console.bytes_text(card.room)}; --micro_batch_size and --recompute change it"
+            )
+        return as_plan(best, residual)
+    plans = search.search(cfg, sequences, card, choices, residual=wide)
     best = plans[0]
     if not best.fits:
+        able = search.able(cfg, search.left_open(train), precision.name)
         raise advice.does_not_fit(
-            settings.model_name, cfg, settings.global_batch, card, plans, choices
+            settings.model_name, cfg, sequences, card, plans, choices, able, wide
         )
-    if not best.exact and settings.train.state == "auto":
+    if not best.exact and train.state == "auto":
         notices.append(
             f"state {best.setup.layout.name} is not exact ({best.setup.layout.says}): no exact "
             "layout fits this GPU's memory"
         )
+    return as_plan(best, residual)
+
+
+def as_plan(found: search.Plan, residual: str) -> MemoryPlan:
+    """What the planner found, as a run keeps it."""
+    setup = found.setup
     return MemoryPlan(
-        best.setup.rows, best.setup.policy.name, best.setup.layout.name, best.setup.chunk or 0,
-        best.peak,
-    )  # fmt: skip
-
-
-def residual_bytes(train: TrainConfig, precision: devices.Precision) -> int:
-    """Bytes an element of the residual stream."""
-    return 2 if devices.residual_dtype(train.residual_dtype, precision) is not None else 4
+        setup.rows, setup.policy.name, setup.layout.name, setup.chunk or 0, residual, found.peak
+    )
 
 
 # a CPU, or no plan
 
 
 def _plain(
-    settings: Settings, fixed: dict[str, Any], device: torch.device, precision: devices.Precision,
-    free: int, notices: list[str],
+    settings: Settings, train: TrainConfig, kept: dict[str, Any], residual: str,
+    device: torch.device, precision: devices.Precision, free: int, notices: list[str],
 ) -> MemoryPlan:  # fmt: skip
-    cfg, state = settings.model, fixed.get("state", "exact")
+    cfg, is_open = settings.model, train.recompute == "auto"
     plan = MemoryPlan(
-        fixed.get("micro_batch", 0), fixed.get("recompute", "none"), state,
-        fixed.get("chunk_rows", 0),
+        train.micro_batch_size, "none" if is_open else train.recompute,
+        "exact" if train.state == "auto" else train.state, train.chunk_rows, residual,
     )  # fmt: skip
     if plan.micro_batch:
         return plan
     if device.type == "cuda":
         plan.micro_batch = cfg.batch_size
         return plan
-    for policy in (plan.recompute, *(() if "recompute" in fixed else ("block",))):
-        rows = _fitting(cfg, policy, precision, free, state)
+    for policy in (plan.recompute, "block") if is_open else (plan.recompute,):
+        rows = _fitting(cfg, policy, precision, free, plan.state)
         if rows:
             if policy != plan.recompute:
                 notices.append("recompute block: keeping every activation would not fit memory")
             plan.micro_batch, plan.recompute = rows, policy
             return plan
-    need = console.bytes_text(accounting.state_bytes(cfg, state).total)
+    need = console.bytes_text(accounting.state_bytes(cfg, plan.state).total)
     notices.append(
         f"this model may not fit: weights, gradients and moments take {need} of "
         f"{console.bytes_text(free)} free"
     )
-    if "recompute" not in fixed:
-        plan.recompute = "block"
-    plan.micro_batch = 1
+    plan.micro_batch, plan.recompute = 1, "block" if is_open else plan.recompute
     return plan
 
 

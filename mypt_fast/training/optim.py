@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
 
     The model is on its device, in fp32, and frozen where it will be.
     """
-    if cfg.state == "exact":
+    if cfg.state in ("auto", "exact"):  # nobody planned: nothing to save memory for
         return adamw(model, cfg)
     coded = cfg.state == "fast"
     rest = Remainders(model, torch.bfloat16 if coded else torch.float32)

@@ -12,7 +12,6 @@ from mypt_fast.checkpoint.bundle import check_writable
 from mypt_fast.model import GPT
 from mypt_fast.settings import Settings
 from mypt_fast.training import init_from
-from mypt_fast.training.device import residual_dtype
 from mypt_fast.training.events import EventLog
 from mypt_fast.training.optim import freeze, make_optimizer
 from mypt_fast.training.run import Run
@@ -49,7 +48,7 @@ def make(run: Run) -> Parts:
     saved = store.read()
     seed = None if saved or settings.init_dir else train_cfg.seed
     model = store.model = GPT(settings.model, seed, train_cfg.kernels, run.plan.recompute)
-    model.residual = residual_dtype(train_cfg.residual_dtype, run.precision)
+    model.residual = torch.bfloat16 if run.plan.residual == "bf16" else None
     model.chunk_rows = run.plan.chunk_rows
     if saved is not None:
         store.restore_weights(saved)

@@ -17,7 +17,7 @@ from mypt_fast.training import device as devices
 from mypt_fast.training.borrowed import Source
 from mypt_fast.training.compiling import Choice
 from mypt_fast.training.eval_prompts import read_prompts
-from mypt_fast.training.memory import MemoryPlan, choose_plan
+from mypt_fast.training.memory import MemoryPlan, choose_plan, saved_plan
 from mypt_fast.training.sources import DataOpener, Phase
 from mypt_fast.training.utilisation import Ceilings
 
@@ -101,16 +101,13 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
         settings.train.amp_dtype,
         explicit="amp_dtype" in typed or was_mixed,
     )
+    if settings.train.state == "auto":
+        settings.train.state = saved_plan(settings, device).get("state", "auto")
     settings.train.state, precision, state_note = devices.for_state(
         settings.train.state, precision, settings.train.use_amp
     )
     devices.check_kernels(settings.train.kernels, device, precision)
-    devices.residual_dtype(settings.train.residual_dtype, precision)
-    free = devices.free_bytes(device)
     notices = [n for n in (note, amp_note, state_note) if n]
-    memory = choose_plan(settings, device, precision, free, notices)
-    settings.train.state = memory.state
-    notices += [n for n in (layout_notice(settings),) if n]
     if "tf32" in typed and settings.train.tf32 and not devices.has_tf32(device):
         notices.append(f"no TF32 on {devices.describe(device)}: fp32 matmuls stay fp32")
     opener = DataOpener(settings, notices, progress, device)
@@ -120,6 +117,11 @@ def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> 
     if settings.train.eval_prompts_file:
         prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
     notices += gate_notice(settings)
+    # the vocabulary is known by now
+    free = devices.free_bytes(device)
+    memory = choose_plan(settings, device, precision, free, notices)
+    settings.train.state = memory.state
+    notices += [n for n in (layout_notice(settings),) if n]
     shape = attention_choice.Shape(
         device, precision.dtype, memory.micro_batch, cfg.n_head, cfg.block_size,
         cfg.n_embd // cfg.n_head, cfg.dropout,

@@ -236,12 +236,9 @@ class Store:
         if optimizer:
             state["optimizer_file"] = "optimizer.pt"
         state["plan"] = {
-            "micro_batch_size": self.run.plan.micro_batch,
+            **self.run.plan.fields(),
             "global_batch": self.settings.global_batch,
-            "recompute": self.run.plan.recompute,
-            "chunk_rows": self.run.plan.chunk_rows,
             "precision": self.run.precision.name,
-            "state": self.settings.train.state,
             "attention": self.run.attention,
             "device": self.run.device.type,
             "compiled": self.run.choice is not None and self.run.choice.compiled,

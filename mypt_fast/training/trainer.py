@@ -222,10 +222,11 @@ class Trainer:
             raise DeviceError(
                 f"out of memory at step {self.step} with one sequence per forward",
                 found,
-                "pass --recompute block, free memory, or train a smaller model; "
+                f"{self._leaner()}free memory, or train a smaller model; "
                 f"the run is {self._saved()}",
             )
         self.run.plan.micro_batch = rows = was // 2
+        self.run.plan.predicted = None  # it was for the other split
         if self.train_cfg.micro_batch_size:
             self.train_cfg.micro_batch_size = rows
         if self.device.type == "cuda":
@@ -235,6 +236,11 @@ class Trainer:
         samples = (first, first + self.settings.global_batch)
         self.live.clear()
         self.journal.out_of_memory(self.step, "train", was, rows, found, samples)
+
+    def _leaner(self) -> str:
+        """What to type for less memory, if there is something."""
+        again = self.run.plan.recompute in ("block", "offload")
+        return "" if again else "pass --recompute block, "
 
     def _undo(self) -> None:
         """Go back to where the step began; weights, moments and step counts never left it."""

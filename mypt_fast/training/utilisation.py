@@ -69,10 +69,11 @@ class Ceilings:
         return f" | MFU {' and '.join(found)}" if found else ""
 
 
-def of_measured(mfu: float, tflops: float) -> str:
+def of_measured(mfu: float, tflops: float, *, advises: bool = True) -> str:
     """A share of the measured ceiling in words; above all of it, what to do about that."""
     text = f"{_percent(mfu)} of this machine's measured {_tflops(tflops)}"
-    return f"{text} (too low: `mypt-fast ceiling` measures it anew)" if mfu > 1 else text
+    low = mfu > 1 and advises  # a ceiling that was kept, on a day when the machine was busy
+    return f"{text} (too low: `mypt-fast ceiling` measures it anew)" if low else text
 
 
 def _percent(share: float) -> str:
@@ -84,17 +85,27 @@ def _tflops(value: float) -> str:
 
 
 def find(
-    device: torch.device, precision: devices.Precision, cfg: ModelConfig
-) -> tuple[Ceilings, str | None]:
+    device: torch.device, precision: devices.Precision, cfg: ModelConfig, *, tf32: bool = False,
+    measures: bool = True,
+) -> tuple[Ceilings, str | None]:  # fmt: skip
     """Both ceilings of a device, and a notice where its own had to be measured first.
 
     That happens once: what is kept stands until `mypt-fast ceiling` replaces it, so that the
     runs of a machine are shares of the same number.
+
+    Args:
+        device: of the run.
+        precision: of its matmuls.
+        cfg: of its model.
+        tf32: whether fp32 matmuls round to TF32; the ceilings of fp32 are not those of that.
+        measures: whether what is not known may be measured.
     """
     name, dtype = devices.describe(device), precision.name
     card = cards.known(name)
+    if tf32 and dtype == "fp32" and devices.has_tf32(device):
+        return Ceilings(accounting.flops_per_token(cfg), None, card), None
     measured, note = ceiling.measured_ceiling(name, dtype), None
-    if measured is None:
+    if measured is None and measures:
         measured = _measure(device, precision.dtype)
         if measured is not None:
             note = (

@@ -14,6 +14,7 @@ from mypt_fast.benchmark import quick
 from mypt_fast.cli import main
 from mypt_fast.config import ModelConfig
 from mypt_fast.errors import DeviceError
+from mypt_fast.training.memory import MemoryPlan
 
 SMALL = {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16, "vocab_size": 300}
 
@@ -25,7 +26,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(quick, "TOKENS", 20_000)
     monkeypatch.setattr(quick, "HEAD_QUICK", (16, 32, 300))
     monkeypatch.setattr(quick, "matmul_tflops", lambda device, dtype, seconds: 1.0)
-    monkeypatch.setattr(quick, "choose", lambda device, short: ("tiny", 2, ModelConfig(**SMALL)))
+    chosen = ("tiny", ModelConfig(**SMALL), MemoryPlan(2))
+    monkeypatch.setattr(quick, "choose", lambda device, precision, short: chosen)
+    monkeypatch.setattr(quick, "QUICK", {"cpu": (("tiny", 4),)})
     return tmp_path
 
 
@@ -54,7 +57,7 @@ def test_the_record_has_its_schema_and_its_numbers_agree(small, capsys) -> None:
         assert min(row["samples_s"]) <= row["median_s"] <= max(row["samples_s"])
     assert loader["tokens_per_s"] == pytest.approx(8 * 1024 / loader["median_s"])
     assert top["flops"] == 6 * 16 * 32 * 300
-    assert step["tokens_per_step"] == 2 * 16
+    assert step["tokens_per_step"] == 4 * 16
     assert step["tokens_per_s"] == pytest.approx(32 / step["median_s"])
     per_token = accounting.flops_per_token(ModelConfig(**SMALL))
     assert step["mfu"] == pytest.approx(step["tokens_per_s"] * per_token / 1e12)
@@ -103,14 +106,28 @@ def test_mistakes_are_one_line_before_anything_is_measured(small, capsys, words,
     assert list(small.iterdir()) == []
 
 
+FP32 = quick.devices.Precision(torch.float32, False, "cpu")
+
+
 def test_the_step_is_the_largest_that_fits(monkeypatch) -> None:
     cpu = torch.device("cpu")
     for free, found in ((64 << 30, ("small", 8)), (1500 << 20, ("tiny", 16))):
         monkeypatch.setattr(quick.devices, "free_bytes", lambda device, free=free: free)
-        assert quick.choose(cpu, False)[:2] == found
+        name, _, plan = quick.choose(cpu, FP32, False)
+        assert (name, plan) == (found[0], MemoryPlan(found[1]))
     monkeypatch.setattr(quick.devices, "free_bytes", lambda device: 16 << 20)
-    with pytest.raises(DeviceError, match="16 are free"):
-        quick.choose(cpu, False)
+    with pytest.raises(DeviceError, match="16 MiB are free"):
+        quick.choose(cpu, FP32, False)
+
+
+def test_on_a_gpu_it_trains_as_it_would_be_planned(monkeypatch) -> None:
+    gpu, bf16 = torch.device("cuda"), quick.devices.Precision(torch.bfloat16, False, "cuda")
+    monkeypatch.setattr(quick.devices, "free_bytes", lambda device: 19 << 30)
+    monkeypatch.setattr(quick.devices, "describe", lambda device: "NVIDIA GeForce RTX 5060 Ti")
+    name, _, plan = quick.choose(gpu, bf16, False)
+    assert (name, plan.state, plan.recompute, plan.residual) == (
+        "750M_1024", "exact16", "mlp", "bf16",
+    )  # fmt: skip
 
 
 def test_a_slow_machine_takes_three_samples_and_no_more() -> None:

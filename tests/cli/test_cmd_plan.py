@@ -137,11 +137,16 @@ def test_what_is_not_known_is_one_line(capsys, words, line):
     assert line in fails(capsys, *words)
 
 
-def choices(tmp_path, typed=None, **fields):
+def preset_of(tmp_path, **fields):
     path = tmp_path / "preset.json"
     path.write_text(json.dumps({"n_embd": 64, "n_head": 4, "batch_size": 8, **fields}))
+    return presets.load(str(path))
+
+
+def choices(tmp_path, typed=None, **fields):
+    preset = preset_of(tmp_path, **fields)
     flags = {"state": None, "recompute": None, **(typed or {})}
-    return cmd_plan.choices_for(presets.load(str(path)), search.Device(16 << 30), flags)
+    return search.able(preset.model, cmd_plan.settings_of(preset, flags), "bf16")
 
 
 def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):
@@ -152,6 +157,26 @@ def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):
     typed = {"state": "fast", "recompute": "norms"}
     found = choices(tmp_path, typed, state="exact", use_checkpoint=True)
     assert (found.layouts, found.policies) == (("fast",), ("norms",))
+    assert choices(tmp_path, kernels="inductor").policies == ("none", "block", "offload")
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [({"amp_dtype": "fp16"}, "fp16"), ({"use_amp": False}, "fp32"), ({}, "bf16")],
+)
+def test_a_preset_says_what_it_computes_in(capsys, tmp_path, fields, dtype):
+    preset_of(tmp_path, **fields)
+    words = ("--config", str(tmp_path / "preset.json"), "--gpu", "RTX 5060 Ti")
+    found = machine_reads(capsys, *words)
+    assert found["device"]["dtype"] == dtype
+    assert found["device"]["ceiling_tflops"] == {"bf16": 46.1, "fp16": 45.9, "fp32": 15.9}[dtype]
+    layouts = {plan["state"] for plan in found["plans"]}
+    assert layouts == (set(search.Able().layouts) if dtype == "bf16" else {"exact"})
+
+
+@pytest.mark.parametrize("card", [["--gpu", "RTX 4060"], ["--vram", "8G"], ["--gpu", "T4"]])
+def test_what_does_not_fit_is_one_line_on_every_card(capsys, card):
+    assert "1.3B_1024 does not fit" in fails(capsys, "--config", "1.3B_1024", *card)
 
 
 def test_a_card_without_bf16_has_fp32_weights(capsys):

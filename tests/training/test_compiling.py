@@ -32,9 +32,10 @@ def run(monkeypatch):
     # half of the FLOPs are the head's
     monkeypatch.setattr(compiling, "flops_per_token", lambda cfg: 12.0 * 64 * 256)
 
-    def made(saved=None, typed=(), device=CPU, mlp="swiglu", dropout=0.0, **train):
+    def made(saved=None, typed=(), device=CPU, mlp="swiglu", dropout=0.0, phases=(), **train):
         return SimpleNamespace(
             choice=None, device=device, precision=SimpleNamespace(dtype=torch.float32),
+            phases=[SimpleNamespace(train=data) for data in phases],
             settings=SimpleNamespace(
                 train=TrainConfig(**train), typed=set(typed), global_batch=8,
                 saved_state={"plan": saved} if saved else {},
@@ -55,7 +56,7 @@ def test_a_cpu_compiles_where_the_steps_left_pay_it_back_twice(run) -> None:
     assert not compiling.choose(run(max_iters=1200), 1001).compiled
 
 
-@pytest.mark.parametrize("no_gain", [{"mlp": "gelu"}, {"dropout": 0.1}, {"documents": "mask"}])
+@pytest.mark.parametrize("no_gain", [{"mlp": "gelu"}, {"dropout": 0.1}, {"phases": ["documents"]}])
 def test_a_cpu_never_compiles_what_gained_nothing(run, no_gain) -> None:
     assert compiling.choose(run(max_iters=10**6, **no_gain), 0).words == "eager"
     assert compiling.choose(run(max_iters=9, compile="on", **no_gain), 0).words == "compiled"

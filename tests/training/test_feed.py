@@ -39,6 +39,9 @@ def test_a_gpu_copies_from_page_locked_memory_and_nobody_waits():
     class Pageable:
         device = torch.device("cpu")
 
+        def is_pinned(self):
+            return False
+
         def pin_memory(self):
             return Pinned()
 
@@ -46,3 +49,19 @@ def test_a_gpu_copies_from_page_locked_memory_and_nobody_waits():
     assert calls == [("cuda", True)]
     x = torch.ones(2)
     assert moved(x, torch.device("cpu")) is x
+
+
+def test_what_is_page_locked_already_is_copied_before_its_owner_writes_in_it_again() -> None:
+    calls = []
+
+    class Owned:
+        device = torch.device("cpu")
+
+        def is_pinned(self):
+            return True
+
+        def to(self, device):
+            calls.append(device.type)
+
+    moved(Owned(), torch.device("cuda"))
+    assert calls == ["cuda"]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mypt_fast import settings
+from mypt_fast import kernels, settings
+from mypt_fast.block import Block
 from mypt_fast.cli import main
 from mypt_fast.errors import ConfigError
 from mypt_fast.planner import step, table
@@ -68,13 +69,38 @@ class TestPlanned:
         saved = {"micro_batch_size": 2, "state": "exact", "recompute": "none", "chunk_rows": 0}
         found = plan("500M_1024", saved=saved, gib=2)
         assert (found.micro_batch, found.state, found.recompute) == (2, "exact", "none")
-        setup = Setup(settings.resolve({}, config_file="500M_1024").model, 2, 8, residual=2)
+        setup = Setup(settings.resolve({}, config_file="500M_1024").model, 2, 8, residual=4)
         assert found.predicted == step.peak(setup)
 
     def test_a_flag_goes_before_the_saved_plan(self):
         saved = {"micro_batch_size": 2, "state": "exact", "recompute": "none", "chunk_rows": 0}
         found = plan("500M_1024", saved=saved, recompute="block")
         assert (found.micro_batch, found.recompute) == (2, "block")
+
+    def test_a_saved_plan_that_may_not_fit_says_so(self):
+        saved = {"micro_batch_size": 8, "state": "exact", "recompute": "none", "chunk_rows": 0}
+        notices = []
+        assert plan("500M_1024", saved=saved, gib=7, notices=notices).micro_batch == 8
+        assert "the saved plan may not fit" in notices[0]
+
+    def test_only_the_layout_goes_with_a_run_to_a_gpu(self):
+        saved = {"micro_batch_size": 1, "state": "exact", "recompute": "none", "device": "cpu"}
+        found = plan("500M_1024", saved=saved)
+        assert (found.micro_batch, found.state, found.recompute) == (8, "exact", "norms")
+
+    @pytest.mark.parametrize(("on", "was", "now"), [
+        (False, "block", "none"), (True, "none", "block"), (True, "offload", "offload"),
+    ])  # fmt: skip
+    def test_a_typed_use_checkpoint_goes_before_the_saved_policy(self, on, was, now):
+        saved = {"micro_batch_size": 1, "state": "exact", "recompute": was, "chunk_rows": 0}
+        assert plan("150M_1024", saved=saved, use_checkpoint=on).recompute == now
+
+    def test_the_stream_of_a_saved_run_stays_what_it_was(self):
+        saved = {"micro_batch_size": 8, "state": "exact16", "recompute": "norms", "chunk_rows": 0}
+        assert plan("500M_1024", saved=saved).residual == "fp32"  # before there was a choice
+        assert plan("500M_1024", saved={**saved, "residual_dtype": "bf16"}).residual == "bf16"
+        assert plan("500M_1024", saved=saved, residual_dtype="bf16").residual == "bf16"
+        assert plan("500M_1024").residual == "bf16"
 
     def test_an_older_run_that_recomputed_goes_on_so(self):
         found = plan("500M_1024", saved={"micro_batch_size": 8, "use_checkpoint": True})
@@ -95,8 +121,20 @@ class TestPlanned:
         with pytest.raises(ConfigError, match=r"n_layer \d+ instead of \d+ would fit"):
             plan("1.3B_1024", gib=6)
 
+    @pytest.mark.parametrize(
+        ("typed", "dtype", "never"),
+        [
+            ({}, "fp16", "fast"), ({"recompute": "none"}, "fp16", "exact16"),
+            ({"kernels": "inductor", "state": "exact"}, "bf16", "norms"),
+        ],
+    )  # fmt: skip
+    def test_what_it_advises_can_be_typed(self, typed, dtype, never):
+        with pytest.raises(ConfigError) as refused:
+            plan("1.3B_1024", dtype=dtype, gib=14, **typed)
+        assert never not in str(refused.value)
+
     def test_without_a_plan_nothing_is_chosen(self):
-        assert plan("500M_1024", plan="off", gib=1) == MemoryPlan(8)
+        assert plan("500M_1024", plan="off", gib=1) == MemoryPlan(8, residual="bf16")
 
     def test_a_card_that_nobody_knows_is_planned_for_all_the_same(self, monkeypatch):
         monkeypatch.setattr(devices, "describe", lambda device: "Some Card 9000")
@@ -141,19 +179,61 @@ def test_a_run_goes_on_with_its_policy_bit_for_bit(train, policy):
     assert (start["plan"]["recompute"], start["plan"]["chunk_rows"]) == (policy, 7)
 
 
-def test_policies_change_memory_and_not_the_run(train):
+def test_policies_do_not_change_the_run(train):
     assert train("none", "--dropout", "0") == 0
     for policy in ("norms", "mlp", "block"):
         assert train(policy, "--dropout", "0", "--recompute", policy) == 0
         assert losses(policy) == pytest.approx(losses("none"), rel=1e-4)
 
 
-def test_a_16_bit_residual_stream_trains_and_writes_samples(train, dataset):
-    """Prompts are continued outside autocast, where the stream is that of the weights."""
+def test_the_model_is_made_as_planned(train, dataset, monkeypatch):
+    """Stream, policy, chunk: what the run says is what the blocks and the head get."""
+    streams, chunks = set(), set()
+    block, head = Block.forward, kernels.linear_cross_entropy
+
+    def watched_block(self, x, *rest):
+        if self.training:
+            streams.add((x.dtype, self.recompute))
+        return block(self, x, *rest)
+
+    def watched_head(*args, **options):
+        chunks.add(options["chunk"])
+        return head(*args, **options)
+
+    monkeypatch.setattr(Block, "forward", watched_block)
+    monkeypatch.setattr(kernels, "linear_cross_entropy", watched_head)
+    # prompts are continued outside autocast, where the stream is that of the weights
     Path("prompts.json").write_text(json.dumps({"prompts": {"a": "abc"}}))
-    flags = ["--use_amp", "--residual_dtype", "bf16", "--state", "exact16"]
-    assert train("r", *flags, "--eval_prompts_file", "prompts.json") == 0
-    assert all(loss < 3.5 for loss in losses("r"))
+    flags = ["--use_amp", "--residual_dtype", "bf16", "--state", "exact16", "--chunk_rows", "9"]
+    flags += ["--recompute", "mlp", "--eval_prompts_file", "prompts.json"]
+    assert train("r", *flags) == 0
+    assert streams == {(torch.bfloat16, "mlp")}
+    assert chunks == {9}
+    streams.clear()
+    assert train("s", "--use_amp", "--state", "exact16") == 0
+    assert streams == {(torch.float32, "none")}
+
+
+def test_the_vocabulary_is_known_when_memory_is_planned(train, monkeypatch):
+    seen = []
+    fitting = memory._fitting
+
+    def watched(cfg, *rest):
+        seen.append(cfg.vocab_size)
+        return fitting(cfg, *rest)
+
+    monkeypatch.setattr(memory, "_fitting", watched)
+    assert train("r", "--micro_batch_size", "0", "--max_iters", "1") == 0
+    assert set(seen) == {16}
+
+
+def test_a_layout_that_was_saved_goes_on_without_its_precision_or_not_at_all(train, capsys):
+    flags = ["--use_amp", "--state", "exact16", "--max_iters", "2"]
+    assert train("r", *flags) == 0
+    capsys.readouterr()
+    again = ["--state", "auto", "--no_use_amp", "--max_iters", "3"]
+    assert train("r", *again, resume=True) == 2
+    assert "computes with bf16 weights; found use_amp off" in capsys.readouterr().err
 
 
 def test_the_peak_is_logged_beside_the_planned_one(train, monkeypatch, capsys):
