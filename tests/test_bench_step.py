@@ -134,7 +134,8 @@ def test_a_step_in_several_micro_batches_is_the_same_step(bench, name) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_the_planner_chooses_under_the_cap(bench) -> None:
+def test_the_planner_chooses_under_the_cap(bench, monkeypatch) -> None:
+    monkeypatch.setattr(bench.steps.devices, "describe", lambda device: "RTX 5060 Ti")
     cfg = bench.steps.presets.load("500M_1024").model
     case = bench.steps.Case(cfg, 8, "cuda", "bf16", 15.7)
     setup = case.setup(bench.steps.Variant.named("auto/plan"), 8)
