@@ -164,6 +164,27 @@ def start(rows: list[Row]) -> list[str]:
     return table(header, found)
 
 
+def attention(rows: list[Row]) -> list[str]:
+    """Attention with dropout on a CPU, in strips and PyTorch's."""
+    found = [
+        [
+            f"`{r['preset']}`, {r['dtype']}", " x ".join(map(str, r["shape"])),
+            *(number(1e3 * r["median_s"][side]) for side in ("strips", "torch")),
+            f"{number(r['times_torch']['median'])} ({number(r['times_torch']['min'])} to "
+            f"{number(r['times_torch']['max'])})x",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    header = [
+        "shape of",
+        "sequences, heads, length, head size",
+        "ours, ms",
+        "PyTorch's, ms",
+        "faster",
+    ]
+    return table(header, found)
+
+
 def guard(rows: list[Row]) -> list[str]:
     """Cost per step."""
     found = [
@@ -282,5 +303,6 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "states": ("State layouts", states),
     "saves": ("Saves", saves),
     "start": ("From a process's start to its first optimised step", start),
+    "attention": ("Attention with dropout", attention),
     "guard": ("Guards and log, per step", guard),
 }

@@ -15,6 +15,7 @@ from mypt_fast import kernels
 from mypt_fast.accounting import swiglu_hidden
 from mypt_fast.attention import KVCache, Segments, attend
 from mypt_fast.config import ModelConfig
+from mypt_fast.kernels import dropped_attention
 from mypt_fast.planner.table import POLICIES
 
 Pair = tuple[Tensor, Tensor]
@@ -82,7 +83,13 @@ class RMSNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over one packed qkv projection; scale 1/sqrt(D)."""
+    """Multi-head attention over one packed qkv projection; scale 1/sqrt(D).
+
+    Attributes:
+        strips: whether a CPU may take `kernels.dropped_attention`, whose dropout is not PyTorch's.
+    """
+
+    strips = True
 
     def __init__(self, cfg: ModelConfig, impl: str = "auto") -> None:
         super().__init__()
@@ -127,6 +134,9 @@ class CausalSelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if place.segments is not None:
             y = attend(q, k, v, place.segments, dropout_p)
+            return y.transpose(1, 2).contiguous().view(B, T, -1)
+        if self.strips and cache is None and dropped_attention.serves(q, dropout_p):
+            y = dropped_attention.dropped_attention(q, k, v, dropout_p)
             return y.transpose(1, 2).contiguous().view(B, T, -1)
         past = cache.length if cache is not None else 0
         if cache is not None:

@@ -87,6 +87,8 @@ class CausalSelfAttention(engine.CausalSelfAttention):
         dropout_p: of the attention weights in training.
     """
 
+    strips = False  # for the same seeds MyPT's dropout, which is PyTorch's
+
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
         check_heads(config)
         super().__init__(config, impl or "auto")

@@ -63,8 +63,11 @@ class Operators:
         self.r = setup.residual or (2 if setup.dtype == "bf16" and not self.cpu else 4)
         self.square = B * cfg.n_head * T * T  # elements of the attention matrix
         self.dropout = cfg.dropout > 0
-        # PyTorch's flash attention for the CPU has no dropout: the matrix is made as a whole
-        self.matrix = self.cpu and self.dropout
+        # PyTorch's flash attention for the CPU has no dropout: the matrix is made as a whole, or,
+        # of long rows, what is below its diagonal
+        self.strips = self.cpu and self.dropout and T >= table.LEAST_STRIP_LENGTH
+        self.matrix = self.cpu and self.dropout and not self.strips
+        self.wide_heads = 4 * self.n if self.amp or B > 1 else 0  # copies of a projection's heads
         self.saves = True  # what the forward makes is kept for the backward
         # of one sequence it reads v where it lies; of several it makes a copy
         self.keeps_v = self.matrix and B == 1 and not self.amp
@@ -195,8 +198,37 @@ class Operators:
         if self.matrix:
             self._matrix_attention(key)
             return
+        if self.strips:
+            self._strip_attention(key)
+            return
         self.tape.hold(key + ".out", "activations", self.a * self.n)
         self.tape.hold(key + ".lse", "activations", 4 * self.tokens * self.cfg.n_head)
+
+    def _strip_sizes(self) -> list[int]:
+        """Elements of every strip of queries and the keys up to it."""
+        T, heads = self.cfg.block_size, self.setup.rows * self.cfg.n_head
+        ends = [min(first + table.STRIP, T) for first in range(0, T, table.STRIP)]
+        return [heads * (last - i * table.STRIP) * last for i, last in enumerate(ends)]
+
+    def _strip_attention(self, key: str) -> None:
+        """Weights of the strips and their dropout are kept, squares are not."""
+        t, elements = self.tape, sum(self._strip_sizes())
+        t.hold("heads", "activations", 3 * self.wide_heads)
+        t.hold(key + ".probabilities", "activations", 4 * elements)
+        t.hold(key + ".noise", "activations", elements)
+        t.hold("wide", "activations", 4 * self.n if self.amp else 0)
+        t.touch(6 * max(self._strip_sizes()) + (6 if self.amp else 4) * self.n)
+        t.hold(key + ".out", "activations", self.a * self.n)
+        t.drop("heads", "wide")
+
+    def _strip_backward(self) -> None:
+        t = self.tape
+        t.hold("heads", "activations", 4 * self.wide_heads)
+        t.touch(self.wide_heads + 4 * self.n)
+        t.hold("wide", "activations", 12 * self.n)
+        t.touch(6 * max(self._strip_sizes()))
+        t.touch(3 * self.a * self.n if self.amp else 0)
+        t.drop("heads", "wide")
 
     def _matrix_attention(self, key: str) -> None:
         """PyTorch's plain attention, in fp32, as a CPU runs it beside dropout."""
@@ -255,7 +287,10 @@ class Operators:
             t.drop("dv", "dqk")
             t.hold("dqkv", "activations", 3 * a * n)
         else:
+            if self.strips:
+                self._strip_backward()
             t.hold("dq, dk, dv", "activations", 3 * a * n)
+            t.drop(key + ".probabilities", key + ".noise")
             t.drop("dout", key + ".qkv", key + ".q", key + ".k", key + ".out", key + ".lse")
             if self.rope and self.cpu:
                 t.touch((12 if self.amp else 8) * n)

@@ -114,6 +114,9 @@ LEAN = Build(False, False, False, False)
 # an fp32 form: (of a matrix of a block, of another parameter). Triton's kernel needs nothing.
 STEP_BYTES = {"exact16": (25, 4), "fast": (38, 30), "fast_bf16": (38, 30)}
 
+# Attention with dropout on a CPU, as kernels/dropped_attention.py works it
+STRIP, LEAST_STRIP_LENGTH = 128, 256
+
 # On a GPU, besides what the allocator hands out: context, cuBLAS workspaces, Triton modules.
 CONTEXT_BYTES = GIB // 2
 # Of what is live: blocks that are free but in pieces too small, with expandable segments.

@@ -7,6 +7,7 @@ import pytest
 from live_bytes import by_mem_tracker, tracked_step
 
 from mypt_fast.config import ModelConfig
+from mypt_fast.kernels import dropped_attention
 from mypt_fast.planner import step, table
 from mypt_fast.planner.operators import Setup
 
@@ -115,6 +116,15 @@ def test_models_of_few_blocks(layers, monkeypatch):
 def test_a_large_vocabulary_peaks_where_the_embedding_gets_its_gradient(monkeypatch):
     cfg = config(ARCHITECTURES[1], 0.0, vocab_size=20_000, batch_size=1, n_layer=2)
     agrees(cfg, False, "block", monkeypatch, within=0.05)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("length", "bf16"), [(256, False), (300, True)])
+def test_dropout_of_long_rows_is_worked_in_strips(policy, length, bf16, monkeypatch):
+    assert length >= table.LEAST_STRIP_LENGTH == dropped_attention.LEAST_LENGTH
+    assert table.STRIP == dropped_attention.STRIP
+    cfg = config(ARCHITECTURES[1], 0.2, block_size=length, n_layer=3, batch_size=2)
+    agrees(cfg, bf16, policy, monkeypatch, within=0.05)
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""Attention with dropout on a CPU: exact, causal, repeatable, and as lucky as it should be."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mypt_fast.kernels import dropped_attention as da
+
+# one strip, several, a last one that is short
+SHAPES = [(2, 3, 40, 16), (1, 2, 128, 8), (2, 2, 300, 24)]
+
+
+def tensors(shape, dtype):
+    """q, k, v as the projection leaves them, and an upstream gradient."""
+    B, H, T, D = shape
+    draw = torch.Generator().manual_seed(0)
+    packed = torch.randn(B, T, 3, H, D, generator=draw).to(dtype)
+    made = (packed[:, :, i].transpose(1, 2).clone().requires_grad_() for i in range(3))
+    return [*made, torch.randn(B, H, T, D, generator=draw).to(dtype)]
+
+
+def truth(q, k, v, p):
+    """In fp64, by whole squares, with the mask that the operator draws."""
+    B, H, T, D = q.shape
+    torch.manual_seed(1)
+    keep = da._dropped_attention(q.detach(), k.detach(), v.detach(), p)[2]
+    mask = torch.zeros(B * H, T, T, dtype=torch.float64)
+    for first, last, at in da._strips(B * H, T):
+        mask[:, first:last, :last] = keep[at].view(B * H, last - first, last).double()
+    scores = q @ k.transpose(-1, -2) / math.sqrt(D)
+    weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
+    return (weights * mask.view(B, H, T, T) / (1 - da.threshold(p) / da.LEVELS)) @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 4e-3)]
+)
+def test_result_and_gradients_are_those_of_whole_squares(shape, dtype, error):
+    *qkv, dy = tensors(shape, dtype)
+    torch.manual_seed(1)
+    y = da.dropped_attention(*qkv, 0.2)
+    assert y.dtype is dtype
+    found = [y, *torch.autograd.grad(y, qkv, dy)]
+    wide = [t.detach().double().requires_grad_() for t in qkv]
+    want = truth(*wide, 0.2)
+    for a, b in zip(found, [want, *torch.autograd.grad(want, wide, dy.double())], strict=True):
+        assert (a.double() - b).norm() <= error * b.norm()
+
+
+def test_without_its_dropout_it_is_pytorchs(monkeypatch):
+    *qkv, _ = tensors((2, 2, 300, 24), torch.float32)
+    monkeypatch.setattr(da, "_keep_", lambda keep, p: keep.fill_(True))
+    found = da.dropped_attention(*qkv, 0.25) * 0.75
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(*qkv, is_causal=True))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
+def test_as_many_are_dropped_as_should_be_and_none_twice_alike(p):
+    """Within five standard deviations; lanes of a word are independent of each other."""
+    torch.manual_seed(3)
+    keep = torch.empty(1 << 18, dtype=torch.bool)
+    da._keep_(keep, p)
+    lanes = keep.view(-1, 4).double()
+    bound = 5 * math.sqrt(p * (1 - p) / len(lanes))
+    assert (lanes.mean(0) - (1 - p)).abs().max() < bound
+    together = (lanes.T @ lanes / len(lanes) - (1 - p) ** 2).fill_diagonal_(0)
+    assert together.abs().max() < bound
+    again = torch.empty_like(keep)
+    da._keep_(again, p)
+    assert not torch.equal(keep, again)
+    torch.manual_seed(3)
+    da._keep_(again, p)
+    assert torch.equal(keep, again)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    *qkv, _ = tensors((1, 2, 300, 24), torch.float32)
+    outputs = []
+    for factor in (1.0, 100.0):
+        changed = [t.detach().clone() for t in qkv]
+        for t in changed:
+            t[:, :, 200:] *= factor
+        torch.manual_seed(1)
+        outputs.append(da.dropped_attention(*changed, 0.2)[:, :, :200])
+    assert torch.equal(*outputs)
+
+
+def test_the_operator_is_registered_and_its_fake_is_right():
+    *qkv, _ = tensors((1, 2, 140, 8), torch.float32)
+    torch.library.opcheck(
+        torch.ops.mypt_fast.dropped_attention, (*qkv, 0.2),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"p": 0.0}, "0 < dropout_p < 1"), ({"p": 1.0}, "0 < dropout_p < 1"), ({"rows": 5}, "found")],
+)
+def test_what_it_does_not_serve_is_refused(change, words):
+    q, k, v, _ = tensors((1, 2, 40, 8), torch.float32)
+    with pytest.raises(ValueError, match=words):
+        da.dropped_attention(q, k[:, :, : change.get("rows", 40)], v, change.get("p", 0.2))
