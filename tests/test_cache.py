@@ -56,7 +56,7 @@ def test_a_folder_that_others_can_write_in_is_not_used(home, which, mode) -> Non
     if mode == 0o1777 and which != "mypt_fast/compiled":  # what is ours cannot be renamed there
         assert why is None
         return
-    assert why == f"others can write in {(home / which).resolve()}"
+    assert why == f"others can write in {(home / which).resolve()}; `chmod go-w` shuts it"
     assert kept() == []
 
 
@@ -67,7 +67,10 @@ def test_a_link_to_where_others_can_write_is_not_followed_blindly(home, tmp_path
     home.chmod(0o700)
     (home / "mypt_fast").chmod(0o700)
     (home / "mypt_fast/compiled").symlink_to(tmp_path / "open")
-    assert cache.keep_compiled() == f"others can write in {(tmp_path / 'open').resolve()}"
+    assert (
+        cache.keep_compiled()
+        == f"others can write in {(tmp_path / 'open').resolve()}; `chmod go-w` shuts it"
+    )
 
 
 def test_a_folder_of_somebody_else_is_not_used(home, monkeypatch) -> None:

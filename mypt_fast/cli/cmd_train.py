@@ -149,7 +149,7 @@ def _prepared(
         opened = open_run(resolved, progress)
     opened.ceilings, measured = find(
         opened.device, opened.precision, resolved.model, tf32=resolved.train.tf32,
-        measures=not dry_run,
+        keeps=not dry_run,
     )  # fmt: skip
     opened.notices += [measured] if measured else []
     for notice in opened.notices:

@@ -86,7 +86,7 @@ def _tflops(value: float) -> str:
 
 def find(
     device: torch.device, precision: devices.Precision, cfg: ModelConfig, *, tf32: bool = False,
-    measures: bool = True,
+    keeps: bool = True,
 ) -> tuple[Ceilings, str | None]:  # fmt: skip
     """Both ceilings of a device, and a notice where its own had to be measured first.
 
@@ -98,16 +98,16 @@ def find(
         precision: of its matmuls.
         cfg: of its model.
         tf32: whether fp32 matmuls round to TF32; the ceilings of fp32 are not those of that.
-        measures: whether what is not known may be measured.
+        keeps: whether what had to be measured is kept.
     """
     name, dtype = devices.describe(device), precision.name
     card = cards.known(name)
     if tf32 and dtype == "fp32" and devices.has_tf32(device):
         return Ceilings(accounting.flops_per_token(cfg), None, card), None
     measured, note = ceiling.measured_ceiling(name, dtype), None
-    if measured is None and measures:
+    if measured is None:
         measured = _measure(device, precision.dtype)
-        if measured is not None:
+        if measured is not None and keeps:
             note = (
                 f"measured {_tflops(measured)} of {dtype} matmuls, {_keep(name, dtype, measured)}"
             )
