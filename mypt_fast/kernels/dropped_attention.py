@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from mypt_fast.kernels._operator import operator
 
 STRIP = 128  # queries; one of 12 heads and 1,024 keys is 6 MB of scores
-LEAST_LENGTH = 256  # positions, from which it is faster than PyTorch's (docs/decisions.md)
+LEAST_LENGTH = 128  # positions, from which it is faster than PyTorch's (docs/decisions.md)
 LEVELS = 1 << 16  # of the numbers that dropout is drawn from
 
 

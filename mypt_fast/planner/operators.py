@@ -217,7 +217,8 @@ class Operators:
         t.hold(key + ".probabilities", "activations", 4 * elements)
         t.hold(key + ".noise", "activations", elements)
         t.hold("wide", "activations", 4 * self.n if self.amp else 0)
-        t.touch(6 * max(self._strip_sizes()) + (6 if self.amp else 4) * self.n)
+        sizes = self._strip_sizes()
+        t.touch(6 * max(sizes) + (2 if len(sizes) == 1 else 4) * self.n)
         t.hold(key + ".out", "activations", self.a * self.n)
         t.drop("heads", "wide")
 
@@ -226,7 +227,11 @@ class Operators:
         t.hold("heads", "activations", 4 * self.wide_heads)
         t.touch(self.wide_heads + 4 * self.n)
         t.hold("wide", "activations", 12 * self.n)
-        t.touch(6 * max(self._strip_sizes()))
+        sizes = self._strip_sizes()
+        if len(sizes) == 1:
+            t.touch(4 * max(sizes) + 5 * self.n)
+        else:  # a strip's part of keys and values is copied for its products
+            t.touch(6 * max(sizes))
         t.touch(3 * self.a * self.n if self.amp else 0)
         t.drop("heads", "wide")
 

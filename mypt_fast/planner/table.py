@@ -115,7 +115,7 @@ LEAN = Build(False, False, False, False)
 STEP_BYTES = {"exact16": (25, 4), "fast": (38, 30), "fast_bf16": (38, 30)}
 
 # Attention with dropout on a CPU, as kernels/dropped_attention.py works it
-STRIP, LEAST_STRIP_LENGTH = 128, 256
+STRIP, LEAST_STRIP_LENGTH = 128, 128
 
 # On a GPU, besides what the allocator hands out: context, cuBLAS workspaces, Triton modules.
 CONTEXT_BYTES = GIB // 2
