@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +13,7 @@ from mypt_fast.accounting import flops_per_token
 from mypt_fast.config import TrainConfig
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mypt_fast.training.run import Run
+from mypt_fast.training.run import Choice, Run
 
 # Measured on two cores (docs/decisions.md). GAIN: the share of its eager time that a SwiGLU block
 # saves compiled, the least of two dtypes; GELU blocks save nothing, and dropout makes compiled ones
@@ -26,14 +22,6 @@ if TYPE_CHECKING:
 GAIN = 0.09
 COMPILE_S = 60.0
 MARGIN = 2.0  # times the predicted price that must be won: speed and gain are guesses
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Whether a run is compiled, and the start line's words for it."""
-
-    compiled: bool
-    words: str
 
 
 def choose(run: Run, start_step: int) -> Choice:

@@ -12,8 +12,7 @@ from mypt_fast.planner import cards
 from mypt_fast.planner import speed as speeds
 from mypt_fast.planner.table import POLICIES
 from mypt_fast.training import device as devices
-from mypt_fast.training.compiling import Choice
-from mypt_fast.training.run import Run
+from mypt_fast.training.run import Choice, Run
 
 # 1 / MFU of a step on a CPU, measured there (docs/decisions.md): this for the matmuls, and that per
 # element of the residual streams of a token and model FLOP for everything else.

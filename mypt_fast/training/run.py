@@ -15,11 +15,18 @@ from mypt_fast.tokenizer import Tokenizer
 from mypt_fast.training import attention_choice
 from mypt_fast.training import device as devices
 from mypt_fast.training.borrowed import Source
-from mypt_fast.training.compiling import Choice
 from mypt_fast.training.eval_prompts import read_prompts
 from mypt_fast.training.memory import MemoryPlan, choose_plan, saved_plan
 from mypt_fast.training.sources import DataOpener, Phase
 from mypt_fast.training.utilisation import Ceilings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a run is compiled, and the start line's words for it."""
+
+    compiled: bool
+    words: str
 
 
 @dataclass
