@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes of tests beside each other; each computes on one thread.
+BESIDE := -n auto --maxprocesses 4
 READY := $(VENV)/.ready
 # Isolated builds obey the same pins.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -39,11 +41,11 @@ demo: $(READY)  ## train a small GPT on Python's own sources, plot it, let it wr
 	  --temperature 0.9 --repeat_window 0 --seed 1
 
 test: $(READY)  ## the default tests: under 5 minutes, no GPU, no network
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q $(BESIDE) -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests marked slow, and every Triton kernel in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu" tests/kernels tests/test_model_kernels.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(BESIDE) -m "not gpu" tests/kernels tests/test_model_kernels.py
 
 SANITIZED := tests/data/test_native.py tests/data/test_loader.py tests/data/test_prefetch.py \
   tests/data/test_order.py tests/data/test_mixture.py tests/data/test_fuzz_formats.py \

@@ -15,7 +15,8 @@ from mypt_fast import presets
 BENCH = Path(__file__).parent.parent / "bench"
 # each has a test: here, or (kernels, step) in test_bench_smoke.py and test_bench_step.py
 FILES = {
-    "core", "guard", "kernels", "loader", "prefetch", "prepare", "saves", "start", "states", "step",
+    "attention", "core", "guard", "kernels", "loader", "prefetch", "prepare", "saves", "start",
+    "states", "step",
 }  # fmt: skip
 
 
