@@ -17,6 +17,7 @@ from torch import nn
 from mypt_fast import model as engine
 from mypt_fast.config import ModelConfig
 from mypt_fast.core.fit import fit
+from mypt_fast.core.layers import Block
 from mypt_fast.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnop"
@@ -26,6 +27,7 @@ class CoreGPT(engine.GPT):
     """MyPT's forward: always a 3-tuple, logits included. Training must do without them."""
 
     tokenizer: Tokenizer
+    block = Block  # PyTorch's dropout for the same seeds, also in attention
 
     def forward(self, idx, targets=None, *args, **kwargs):
         raise AssertionError("fit made logits")
