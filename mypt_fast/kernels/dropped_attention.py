@@ -142,7 +142,8 @@ def _dropped_attention_backward(
     B, H, T, D = q.shape
     queries, keys, values, upstream = (_heads(t) for t in (q, k, v, dy))
     along = (upstream * _heads(y)).sum(-1, keepdim=True)
-    dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    # not empty_like: of one row the heads are views, whose strides the results must not have
+    dq, dk, dv = (queries.new_zeros(B * H, T, D) for _ in "qkv")
     scale, grow = 1 / math.sqrt(D), LEVELS / (LEVELS - threshold(dropout_p))
     for first, last, at in _strips(B * H, T):
         shape = (B * H, last - first, last)

@@ -88,12 +88,23 @@ def test_a_later_token_changes_nothing_before_it():
     assert torch.equal(*outputs)
 
 
-def test_the_operator_is_registered_and_its_fake_is_right():
-    *qkv, _ = tensors((1, 2, 140, 8), torch.float32)
+@pytest.mark.parametrize("shape", [(1, 2, 140, 8), (2, 2, 140, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operators_are_registered_and_their_fakes_are_right(shape, dtype):
+    """Strides too, which a compiled backward relies on; of one row the heads are a view."""
+    *qkv, dy = tensors(shape, dtype)
     torch.library.opcheck(
         torch.ops.mypt_fast.dropped_attention, (*qkv, 0.2),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
+    given = [t.detach() for t in qkv]
+    kept = (dy, *given, *da._dropped_attention(*given, 0.2), 0.2)
+    operator = torch.ops.mypt_fast.dropped_attention_backward
+    torch.library.opcheck(operator, kept, test_utils=("test_schema", "test_faketensor"))
+    packed = torch.empty(shape[0], shape[2], 3, *shape[1::2], dtype=dtype)
+    views = [packed[:, :, i].transpose(1, 2) for i in range(3)]
+    strides = [t.stride() for t in da._backward_fake(dy, *views)]
+    assert [t.stride() for t in da._dropped_attention_backward(dy, *views, *kept[4:])] == strides
 
 
 @pytest.mark.parametrize(
