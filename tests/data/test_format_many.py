@@ -1,8 +1,10 @@
 """Splits of so many native shards that their headers are read ahead of the checks."""
 
+import contextlib
 import dataclasses
 import os
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -98,17 +100,28 @@ def test_damage_is_found_in_the_same_words(split, monkeypatch, damage, index):
     assert f"shard_{index:05d}.bin" in str(ahead.value)
 
 
+def test_no_thread_reads_ahead_once_a_damaged_shard_is_refused(split):
+    """The collector would end it later, perhaps under a lock that its last breath needs."""
+    cut(split / "train/shard_00004.bin")
+    before = threading.active_count()
+    with pytest.raises(MyptError) as refused:  # it holds the frames of what was refused
+        open_split(split, "train")
+    assert threading.active_count() == before, refused
+
+
 def test_a_file_replaced_between_its_ends_and_its_tables_is_refused(split, monkeypatch):
     path = split / "train/shard_00004.bin"
     whole = files.read_ends
 
+    @contextlib.contextmanager
     def replacing(*args):
-        found = list(whole(*args))
+        with whole(*args) as ends:
+            found = list(ends)
         data = path.read_bytes()
         path.unlink()
         path.write_bytes(data)
         os.utime(path, ns=(1, 1))
-        return found
+        yield iter(found)
 
     monkeypatch.setattr("mypt_fast.data.format.dataset.read_ends", replacing)
     with pytest.raises(MyptError, match="is another file than a moment ago"):

@@ -13,7 +13,8 @@ without a "dtype" MyPT's tokens are uint32, as MyPT writes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -283,16 +284,19 @@ def _open_natives(files: dict[str, Path], recorded: dict[str, dict[str, Any]]) -
     """Open native shards; the tables of the first ones are hashed, as many as take little time."""
     shards, budget = [], native_file.TABLES_AT_OPEN
     is_sampled = len(files) <= native_file.SAMPLED_SHARDS
-    ends: Iterable[FileEnds | None] = [None] * len(files)
-    if not is_sampled:
-        ends = read_ends(list(files.values()), native.HEADER_BYTES, native_file.TAIL_BYTES)
-    for (name, path), both in zip(files.items(), ends, strict=True):
-        digest = recorded[name].get("xxh3_128", "") if recorded else ""
-        shard, read = native_file.open_native(path, name, budget, digest, is_sampled, both)
-        if recorded and recorded[name]["tokens"] != shard.n_tokens:
-            _check_recorded(shard, recorded)
-        budget -= read
-        shards.append(shard)
+    ahead: AbstractContextManager[Iterator[FileEnds | None]] = (
+        nullcontext(iter([None] * len(files)))
+        if is_sampled
+        else read_ends(list(files.values()), native.HEADER_BYTES, native_file.TAIL_BYTES)
+    )
+    with ahead as ends:
+        for (name, path), both in zip(files.items(), ends, strict=True):
+            digest = recorded[name].get("xxh3_128", "") if recorded else ""
+            shard, read = native_file.open_native(path, name, budget, digest, is_sampled, both)
+            if recorded and recorded[name]["tokens"] != shard.n_tokens:
+                _check_recorded(shard, recorded)
+            budget -= read
+            shards.append(shard)
     return shards
 
 

@@ -84,17 +84,18 @@ class FileEnds(NamedTuple):
     tail: bytes
 
 
-def read_ends(paths: Sequence[Path], head: int, tail: int) -> Iterator[FileEnds | None]:
+@contextlib.contextmanager
+def read_ends(paths: Sequence[Path], head: int, tail: int) -> Iterator[Iterator[FileEnds | None]]:
     """Read the first `head` and the last `tail` bytes of many files, several at a time.
 
     Yields:
-        A file's ends, whole where it is shorter; None where it has to be opened by itself: it
-        cannot be read, or there is no extension to read it.
+        An iterator of each file's ends, whole where it is shorter; None where it has to be opened
+        by itself: it cannot be read, or there is no extension to read it.
     """
     try:
         native = importlib.import_module("mypt_fast._native").read_ends
     except (ImportError, AttributeError):
-        yield from [None] * len(paths)
+        yield iter([None] * len(paths))
         return
 
     def read(begin: int) -> list[Any]:
@@ -104,13 +105,19 @@ def read_ends(paths: Sequence[Path], head: int, tail: int) -> Iterator[FileEnds 
         except TypeError:  # a name that is not UTF-8
             return [None] * len(names)
 
-    with ThreadPoolExecutor(1) as ahead:  # it reads while the caller looks at what was read
+    def in_turn() -> Iterator[FileEnds | None]:
         coming = ahead.submit(read, 0)
         for begin in range(0, len(paths), _FILES_AT_ONCE):
             found = coming.result()
             coming = ahead.submit(read, begin + _FILES_AT_ONCE)
             for ends in found:
                 yield ends and FileEnds._make(ends)
+
+    # The thread reads while the caller looks at what was read. It ends with the caller's `with`:
+    # were it a generator's, an error's traceback would keep it until the garbage collector joined
+    # it, perhaps while that thread waits for a lock of `threading` that the collecting one holds.
+    with ThreadPoolExecutor(1) as ahead:
+        yield in_turn()
 
 
 def sampled_digest(descriptor: int, size: int, path: str | Path) -> str:
