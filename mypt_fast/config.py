@@ -12,6 +12,7 @@ from typing import Any
 from mypt_fast.errors import ConfigError
 from mypt_fast.schema import arch, build, field_names, opt, shown, typed, unknown_key
 
+MOST_STEPS = 1 << 40  # of a run
 DTYPE_NAMES = ("fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 
 
@@ -164,9 +165,9 @@ class TrainConfig:
     """Settings of the training run. Any of them may change when a run is resumed."""
 
     learning_rate: float = opt(3e-4, "peak learning rate", above=0.0, hi=10.0)
-    max_iters: int = opt(1000, "optimizer steps in all", lo=0)
+    max_iters: int = opt(1000, "optimizer steps in all", lo=0, hi=MOST_STEPS)
     warmup_iters: float = opt(
-        0, "steps of linear warmup; between 0 and 1: a share of max_iters", lo=0
+        0, "steps of linear warmup; between 0 and 1: a share of max_iters", lo=0, hi=MOST_STEPS
     )
     schedule: str = opt(
         "cosine", "learning rate after warmup", choices=("cosine", "constant", "wsd")
@@ -178,7 +179,9 @@ class TrainConfig:
     weight_decay: float = opt(0.1, "AdamW decay of matrices", lo=0.0)
     grad_clip: float = opt(1.0, "largest gradient norm; 0 is off", lo=0.0)
     grad_accum_steps: int = opt(1, "batches per optimizer step", lo=1, hi=1 << 20)
-    micro_batch_size: int = opt(0, "sequences per forward; 0: as planned, what fits memory", lo=0)
+    micro_batch_size: int = opt(
+        0, "sequences per forward; 0: as planned, what fits memory", lo=0, hi=1 << 20
+    )
     use_amp: bool = opt(True, "mixed precision where the device has it natively")
     amp_dtype: str = opt("bf16", "mixed precision dtype", choices=("bf16", "fp16"))
     plan: str = opt(
@@ -242,14 +245,16 @@ class TrainConfig:
         choices=("epoch", "replacement", "block", "sequential", "mypt"),
     )
     seed: int = opt(1337, "seed of weights, data order and dropout", lo=0, hi=(1 << 63) - 1)
-    eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1)
-    eval_iters: int = opt(200, "batches per evaluation", lo=1)
+    eval_interval: int = opt(50, "steps between evaluations, each saved", lo=1, hi=MOST_STEPS)
+    eval_iters: int = opt(200, "batches per evaluation", lo=1, hi=MOST_STEPS)
     eval_seed: int = opt(1337, "seed of the evaluation windows", lo=0, hi=(1 << 63) - 1)
     eval_prompts_file: str | None = opt(
         None, 'JSON {"prompts": {name: text}} that the model continues at each evaluation'
     )
     eval_max_new_tokens: int = opt(64, "tokens per such continuation", lo=1, hi=4096)
-    save_interval: int = opt(0, "also save every N steps; 0: only at evaluations", lo=0)
+    save_interval: int = opt(
+        0, "also save every N steps; 0: only at evaluations", lo=0, hi=MOST_STEPS
+    )
     async_save: str = opt(
         "auto",
         "write saves beside the training, from a copy; auto: where memory has room for it",

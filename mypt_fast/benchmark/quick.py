@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mypt_fast import __version__, kernels, presets
-from mypt_fast.accounting import count_parameters, flops_per_token, mfu, training_bytes
+from mypt_fast.accounting import count_parameters, flops_per_token, mfu
 from mypt_fast.benchmark.machine import facts
 from mypt_fast.benchmark.timing import Clock, median
 from mypt_fast.config import ModelConfig, TrainConfig
@@ -26,10 +26,10 @@ from mypt_fast.data.tokens import TokenCorpus
 from mypt_fast.errors import DeviceError
 from mypt_fast.kernels.ceiling import matmul_tflops
 from mypt_fast.model import GPT
-from mypt_fast.planner import search
+from mypt_fast.planner import options, search
 from mypt_fast.training import device as devices
 from mypt_fast.training.compiling import settled
-from mypt_fast.training.memory import MemoryPlan, as_plan, card_of
+from mypt_fast.training.memory import MemoryPlan, as_plan, card_of, step_bytes
 from mypt_fast.training.optim import clip, make_optimizer
 from mypt_fast.training.utilisation import of_measured
 
@@ -164,9 +164,9 @@ def choose(
             if plan is not None:
                 return name, cfg, plan
             continue
-        needed = training_bytes(cfg, rows, attention_matrix=True)
-        if needed <= SHARE_OF_FREE * free:
-            return name, cfg, MemoryPlan(rows)
+        whole = MemoryPlan(rows)
+        if step_bytes(whole, cfg, rows, precision) <= SHARE_OF_FREE * free:
+            return name, cfg, whole
     raise DeviceError(
         f"bench trains at least {name}", f"{free >> 20} MiB are free, which is too little",
         "end other programs, or pass --device cpu" if device.type == "cuda" else "free some memory",
@@ -178,7 +178,7 @@ def planned(
 ) -> MemoryPlan | None:
     """The plan of a batch on a GPU, as `train` makes it; None where none fits."""
     card = card_of(device, precision, int(SHARE_OF_FREE * free))
-    choices = search.able(cfg, TrainConfig(), precision.name)
+    choices = options.options_of(cfg, TrainConfig(), precision.name)
     best = search.search(cfg, cfg.batch_size, card, choices)[0]
     return as_plan(best, "bf16" if precision.name == "bf16" else "fp32") if best.fits else None
 

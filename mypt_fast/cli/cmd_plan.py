@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import json
 import re
+import textwrap
 from typing import Any
 
 from mypt_fast import accounting, console, presets
 from mypt_fast.config import TrainConfig
 from mypt_fast.errors import ConfigError
-from mypt_fast.planner import advice, cards, ceiling, search, step, table
+from mypt_fast.planner import advice, cards, options, search, step, table
 from mypt_fast.schema import not_among
 
 HELP = "predict memory and speed of training, without a GPU"
@@ -25,6 +26,7 @@ examples:
 
 UNITS = {"": 1.0, "g": 1.0, "gb": 1.0, "gib": 1.0, "m": 1 / 1024, "mb": 1 / 1024, "mib": 1 / 1024}
 MOST_GIB = 4096
+WIDTH = 80  # of a terminal
 NARROW = 512  # matmuls of such widths are bound by launches, which no ceiling tells
 
 
@@ -43,25 +45,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan; returns the exit code."""
     device = the_device(args.gpu, args.vram)
-    able = search.Able()
     typed = {"state": args.state, "recompute": args.recompute}
-    check("--state", args.state, able.layouts)
-    check("--recompute", args.recompute, able.policies)
+    check("--state", args.state, options.Options().layouts)
+    check("--recompute", args.recompute, options.Options().policies)
     if args.config_file is None:
         loaded = [presets.load(path) for path in presets.shipped()]
         rows = [_ranked(preset, device, typed) for preset in loaded]
         rows.sort(key=lambda row: (-row["fits"], -row["parameters"], row["config"]))
-        report = {"device": described(device), "presets": rows}
+        report: dict[str, Any] = {"device": described(device), "presets": rows}
         text = ranking_lines(device, rows)
     else:
         preset = presets.load(args.config_file)
-        device = device.computing_in(dtype_of(preset, device))
+        device = computing(preset, device)
         plans = _search(preset, device, typed)
         report = report_of(preset, device, plans)
         if not plans[0].fits:
+            refusal = _refusal(preset, device, plans[0], typed)
             if args.json:
+                report |= {"change": refusal.change or None, "card_gb": refusal.card_gb}
                 print(json.dumps(report, indent=2))
-            raise _does_not_fit(preset, device, plans, typed)
+            raise refusal.error()
         text = plan_lines(preset, device, plans)
     print(json.dumps(report, indent=2) if args.json else "\n".join(text))
     return 0
@@ -72,13 +75,9 @@ def the_device(gpu: str | None, vram: str | None) -> search.Device:
     if gpu is None and vram is None:
         raise ConfigError("plan needs a card", "neither --gpu nor --vram", "as --vram 16G")
     card = cards.find(gpu) if gpu is not None else None
-    own: dict[str, float] = {}
-    if card is not None:
-        entry = ceiling.measured(gpu or "") or ceiling.measured(card.name) or {}
-        own = {k: v for k in card.tflops if (v := ceiling.measured_ceiling(card.name, k))}
-        if own and isinstance(entry.get("gb_per_s"), (int, float)):
-            own["gb_per_s"] = float(entry["gb_per_s"])
-    return search.device_for(card, parse_size(vram) if vram is not None else None, own)
+    memory = search.nominal(card, parse_size(vram) if vram is not None else None)
+    names = [gpu or "", card.name] if card else []  # as it was typed, drivers say it, too
+    return search.device_for(memory, None, card, names)
 
 
 def parse_size(text: str) -> int:
@@ -110,11 +109,14 @@ def settings_of(preset: presets.Preset, typed: dict[str, str | None]) -> TrainCo
     )  # fmt: skip
 
 
-def dtype_of(preset: presets.Preset, device: search.Device) -> str:
-    """What the preset computes in on the device."""
+def computing(preset: presets.Preset, device: search.Device) -> search.Device:
+    """The device in the dtype that the preset computes in there."""
+    dtype = device.dtype
     if not preset.train.use_amp:
-        return "fp32"
-    return "fp16" if preset.train.amp_dtype == "fp16" else device.dtype
+        dtype = "fp32"
+    elif preset.train.amp_dtype == "fp16":
+        dtype = "fp16"
+    return dataclasses.replace(device, dtype=dtype)
 
 
 def residual_of(preset: presets.Preset) -> int | None:
@@ -125,24 +127,24 @@ def residual_of(preset: presets.Preset) -> int | None:
 def _search(
     preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
 ) -> list[search.Plan]:
-    choices = search.able(preset.model, settings_of(preset, typed), device.dtype)
-    return search.search(
-        preset.model, sequences_of(preset), device, choices, residual=residual_of(preset)
-    )
+    cfg, train, sequences = preset.model, settings_of(preset, typed), sequences_of(preset)
+    choices = options.options_of(cfg, train, device.dtype)
+    options.check_rows(train.micro_batch_size, sequences)
+    options.check_residual(train.residual_dtype, device.dtype)
+    named = "--recompute" if typed["recompute"] else "recompute"
+    options.check_policy(train.recompute, cfg, train, f"{named} {train.recompute}")
+    return search.search(cfg, sequences, device, choices, residual=residual_of(preset))
 
 
-def _does_not_fit(
-    preset: presets.Preset, device: search.Device, plans: list[search.Plan],
+def _refusal(
+    preset: presets.Preset, device: search.Device, least: search.Plan,
     typed: dict[str, str | None],
-) -> ConfigError:  # fmt: skip
+) -> advice.Refusal:  # fmt: skip
     train = settings_of(preset, typed)
-    choices, able = (
-        search.able(preset.model, t, device.dtype) for t in (train, search.left_open(train))
+    choices, everything = (
+        options.options_of(preset.model, t, device.dtype) for t in (train, options.left_open(train))
     )
-    return advice.does_not_fit(
-        preset.path.stem, preset.model, sequences_of(preset), device, plans, choices, able,
-        residual_of(preset),
-    )  # fmt: skip
+    return advice.refusal(preset.path.stem, preset.model, device, least, choices, everything)
 
 
 def sequences_of(preset: presets.Preset) -> int:
@@ -159,7 +161,8 @@ def described(device: search.Device) -> dict[str, Any]:
         "name": device.name or None, "memory_bytes": device.memory, "room_bytes": device.room,
         "dtype": device.dtype,
         "ceiling_tflops": device.tflops or None, "ceiling_measured_here": device.measured,
-        "ceiling_source": device.source or None, "gb_per_s": device.gb_per_s or None,
+        "ceiling_source": None if device.measured else device.source or None,
+        "gb_per_s": device.gb_per_s or None,
     }  # fmt: skip
 
 
@@ -169,7 +172,7 @@ def plan_dict(plan: search.Plan, device: search.Device) -> dict[str, Any]:
     parts = {**plan.peak.parts, "context": plan.peak.context, "slack": plan.peak.slack}
     return {
         "state": s.layout.name, "recompute": s.policy.name, "micro_batch_size": s.rows,
-        "micro_steps": s.sequences // s.rows, "chunk_rows": step.chunk_rows(s),
+        "micro_steps": -(-s.sequences // s.rows), "chunk_rows": step.chunk_rows(s),
         "exact": plan.exact, "fits": plan.fits, "peak_bytes": plan.peak.total,
         "parts_bytes": parts, "peak_in": plan.peak.when,
         "tokens_per_s": plan.tokens_per_s if device.tflops else None,
@@ -210,16 +213,27 @@ def plan_lines(
         f"{sequences_of(preset)} sequences = {report['tokens_per_step']:,} tokens a step",
         f"card    {where}{size(device.room)} for training, {device.dtype}",
         f"plan    {advice.flags_of(best)}",
-        f"memory  {size(best.peak.total)}, most of it in the {best.peak.when}; in GiB:",
-        f"        {listed}",
-        f"speed   {_speed(device, best, report)}",
+        f"memory  {size(best.peak.total)} at its peak, which is in the {best.peak.when}; in GiB:",
+        *wrapped(listed),
+        *_speed(device, best, report),
         "",
     ]
     shown = worth_showing(plans)
-    lines += _table(device, shown)
-    if len(shown) < len(plans):
-        lines.append(f"and {len(plans) - len(shown)} that are slower and need no less; see --json")
-    return lines
+    return [*lines, *_table(device, shown), *_not_shown(plans, shown)]
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of a part of the plan, set in below its name."""
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _not_shown(plans: list[search.Plan], shown: list[search.Plan]) -> list[str]:
+    """A line about the plans that the table leaves out, and why."""
+    left = [plan for plan in plans if plan not in shown]
+    slower, larger = (sum(plan.fits is fits for plan in left) for fits in (True, False))
+    found = [f"{slower} slower that need no less"] if slower else []
+    found += [f"{larger} more that do not fit"] if larger else []
+    return [f"and {', '.join(found)}; see --json"] if found else []
 
 
 def worth_showing(plans: list[search.Plan]) -> list[search.Plan]:
@@ -241,25 +255,29 @@ def worth_showing(plans: list[search.Plan]) -> list[search.Plan]:
     return fitting + [plan for plan in plans if not plan.fits][:2]
 
 
-def _speed(device: search.Device, best: search.Plan, report: dict[str, Any]) -> str:
+def _speed(device: search.Device, best: search.Plan, report: dict[str, Any]) -> list[str]:
+    """Lines about the speed of a plan."""
     if not device.tflops:
-        return "unknown; --gpu NAME estimates it"
-    kind = "measured here" if device.measured else "measured elsewhere"
+        cure = "`mypt-fast ceiling`, run on it, measures one" if device.name else (
+            "--gpu NAME estimates it"
+        )  # fmt: skip
+        of = f": no {device.dtype} ceiling of the {device.name} is known" if device.name else ""
+        return [f"speed   unknown{of}; {cure}"]
     if best.setup.cfg.n_embd < NARROW:
-        return (
-            f"{shown_rate(best.tokens_per_s, 0)} tokens/s; so narrow a model is bound by launches"
-        )
-    eta = console.span(report["eta_s"])
-    return (
-        f"about {console.count(best.tokens_per_s)} tokens/s, from a ceiling of "
-        f"{device.tflops:.0f} TFLOP/s {kind}; {eta} for {report['max_iters']:,} steps"
-    )
+        rate = shown_rate(best.tokens_per_s, 0)
+        return [f"speed   {rate} tokens/s; so narrow a model is bound by launches"]
+    kind = "measured here" if device.measured else "measured elsewhere"
+    return [
+        f"speed   about {console.count(best.tokens_per_s)} tokens/s: "
+        f"{console.span(report['eta_s'])} for {report['max_iters']:,} steps",
+        f"        from a matmul ceiling of {device.tflops:.3g} TFLOP/s {kind}",
+    ]
 
 
 def _table(device: search.Device, plans: list[search.Plan]) -> list[str]:
     fastest = max((p.tokens_per_s for p in plans if p.fits), default=1.0)
-    header = ["state", "recompute", "micro-batch", "chunk", "memory", "tokens/s", ""]
-    cells = []
+    header = ["state", "recompute", "micro-batch", "chunk", "memory", "tokens/s"]
+    cells, notes = [], []
     for plan in plans:
         s, size = plan.setup, console.bytes_text(plan.peak.total)
         rate = console.count(plan.tokens_per_s) if device.tflops else (
@@ -268,12 +286,14 @@ def _table(device: search.Device, plans: list[search.Plan]) -> list[str]:
         note = "" if plan.exact else "not exact"
         if not plan.fits:
             over = console.bytes_text(plan.peak.total - device.room)
-            rate, note = "-", f"does not fit: {over} too much"
+            rate, note = "-", f"{over} too much"
         cells.append(
-            [s.layout.name, s.policy.name, str(s.rows), str(step.chunk_rows(s)), size, rate, note]
+            [s.layout.name, s.policy.name, str(s.rows), str(step.chunk_rows(s)), size, rate]
         )
-    rows = console.table(header, cells, left=2)
-    return [row.rstrip() for row in rows]
+        notes.append(note)
+    head, rule, *rows = console.table(header, cells, left=2)
+    noted = [f"{row}  {note}".rstrip() for row, note in zip(rows, notes, strict=True)]
+    return [head, rule, *noted]
 
 
 def shown_rate(rate: float, width: int) -> str:
@@ -284,7 +304,7 @@ def shown_rate(rate: float, width: int) -> str:
 def _ranked(
     preset: presets.Preset, device: search.Device, typed: dict[str, str | None]
 ) -> dict[str, Any]:
-    device = device.computing_in(dtype_of(preset, device))
+    device = computing(preset, device)
     plans = _search(preset, device, typed)
     report = report_of(preset, device, plans)
     best = report.pop("plans")[0]

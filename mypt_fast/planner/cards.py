@@ -91,6 +91,7 @@ def plain(name: str) -> str:
     """A name without what makers and drivers add: 'NVIDIA GeForce RTX 5060 Ti' is '5060ti'."""
     words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
     noise = r"nvidia|geforce|rtx|tesla|gpu|sxm\d?|pcie|hbm\d?e?"
+    words = [re.sub(r"^(geforce|rtx|tesla)(?=\d)", "", word) for word in words]  # RTX5060Ti
     return "".join(word for word in words if not re.fullmatch(noise, word))
 
 
@@ -115,8 +116,8 @@ def find(name: str) -> Card:
     if card := known(name):
         return card
     wanted, names = plain(name), {plain(card.name): card.name for card in CARDS}
-    near = difflib.get_close_matches(wanted, names, 3, 0.5)
-    near += [key for key in names if wanted and wanted in key and key not in near]
+    near = [key for key in names if wanted and wanted in key]
+    near += [key for key in difflib.get_close_matches(wanted, names, 3, 0.5) if key not in near]
     shown = ", ".join(names[key] for key in near[:4]) or ", ".join(names.values())
     raise ConfigError(
         f"--gpu: no card of the name {name[:60]!r} is in the table",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mypt_fast import cache
 from mypt_fast.planner.cards import plain
 
 MAX_BYTES = 1 << 20
-LEAST, MOST = 1e-6, 1e6  # TFLOP/s of any device: what lies outside is a damaged file
+LEAST, MOST = 1e-6, 1e6  # TFLOP/s or GB/s of any device: what lies outside is a damaged file
 
 
 def ceiling_file() -> Path:
@@ -34,16 +35,30 @@ def measured_ceiling(device_name: str, dtype: str | None = None) -> float | None
         device_name: as `training.device.describe` says it, or nearly so: "RTX 4090" will do.
         dtype: "fp32", "fp16" or "bf16"; None: the fastest of them.
     """
-    entry = measured(device_name) or {}
+    good = _rates(measured(device_name) or {})
+    return good.get(dtype) if dtype else max(good.values(), default=None)
+
+
+def best_known(names: Sequence[str]) -> tuple[dict[str, float], float]:
+    """TFLOP/s by dtype and GB/s, 0 where unknown, of the first of these names that was measured."""
+    for name in names:
+        if entry := measured(name):
+            bandwidth: Any = entry.get("gb_per_s")
+            return _rates(entry), float(bandwidth) if _is_rate(bandwidth) else 0.0
+    return {}, 0.0
+
+
+def _rates(entry: dict[str, Any]) -> dict[str, float]:
     rates = entry.get("tflops")
     if not isinstance(rates, dict):
-        return None
-    good = {
-        k: float(v)
-        for k, v in rates.items()
-        if isinstance(v, (int, float)) and LEAST <= v <= MOST  # NaN is not
-    }
-    return good.get(dtype) if dtype else max(good.values(), default=None)
+        return {}
+    return {dtype: float(rate) for dtype, rate in rates.items() if _is_rate(rate)}
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a number may be one; NaN is not."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and LEAST <= value <= MOST
 
 
 def read() -> dict[str, Any]:

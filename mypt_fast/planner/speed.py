@@ -13,7 +13,6 @@ SATURATION = ((256, 0.6), (1024, 0.83), (2048, 0.87), (4096, 0.97), (8192, 0.99)
 POINTWISE_AGAIN = 0.01
 # Residuals to the host and back, where the copies do not hide behind matmuls; a guess.
 OFFLOAD_COST = 0.05
-BANDWIDTH_SHARE = 0.9  # of the data sheet, that streaming reaches
 
 
 def recomputed_share(cfg: ModelConfig, policy: Policy) -> float:
@@ -47,14 +46,14 @@ def tokens_per_s(setup: Setup, tflops: float, share: float, gb_per_s: float = 0.
         setup: the plan.
         tflops: matmul ceiling of the device in the plan's dtype.
         share: of the ceiling that a step of large micro-batches reaches.
-        gb_per_s: memory bandwidth; 0: `traffic` is left out.
+        gb_per_s: that streaming reaches; 0: `traffic` is left out.
     """
     cfg, tokens = setup.cfg, setup.sequences * setup.cfg.block_size
     work = accounting.flops_per_token(cfg) * (1 + recomputed_share(cfg, setup.policy)) * tokens
     rows = setup.rows * cfg.block_size
     seconds = work / (1e12 * tflops * share * saturation(rows))
     if gb_per_s:
-        seconds += traffic(setup) / (1e9 * gb_per_s * BANDWIDTH_SHARE)
+        seconds += traffic(setup) / (1e9 * gb_per_s)
     return tokens / seconds
 
 

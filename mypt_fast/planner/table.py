@@ -30,11 +30,6 @@ class Layout:
     says: str
 
     @property
-    def bytes(self) -> float:
-        """Bytes a parameter, gradients included."""
-        return self.weight + self.remainder + self.gradient + self.moments
-
-    @property
     def step_traffic(self) -> float:
         """Bytes a parameter that the optimizer moves: gradients are read, the rest also written."""
         return self.gradient + 2 * (self.weight + self.remainder + self.moments)

@@ -1,7 +1,7 @@
 """How a run lies in memory: state layout, recompute policy, micro-batch, chunk of logits.
 
 On a GPU the planner chooses what the user and the saved run leave open; tokens per step never
-change. On a CPU the largest micro-batch that fits is taken.
+change. On a CPU the largest micro-batch that it predicts to fit is taken.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 
-from mypt_fast import accounting, console
+from mypt_fast import console
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.errors import ConfigError
-from mypt_fast.planner import advice, cards, ceiling, search, step, table
+from mypt_fast.planner import advice, cards, options, search, step, table
 from mypt_fast.planner.operators import Setup
 from mypt_fast.settings import Settings
 from mypt_fast.training import device as devices
 
-MEMORY_SHARE = 0.9  # of what is free: the estimate is not exact, and others use the machine
+MEMORY_SHARE = 0.9  # of what is free: others use the machine
+# Of the tensors of a step on a CPU: what its allocator loses, and its libraries' own work, on top.
+CPU_OVERHEAD, CPU_LIBRARIES = 1.1, 256 << 20
 
 
 @dataclass
@@ -33,7 +35,7 @@ class MemoryPlan:
         state: layout of `training/optim.py`.
         chunk_rows: rows of logits at a time, 0 where the head chooses.
         residual: dtype of the residual stream, "fp32" or "bf16".
-        predicted: the peak of a step, None where nobody predicted it.
+        predicted: the peak of a step where it is to be checked against the real one.
     """
 
     micro_batch: int
@@ -49,6 +51,14 @@ class MemoryPlan:
             "micro_batch_size": self.micro_batch, "recompute": self.recompute,
             "state": self.state, "chunk_rows": self.chunk_rows, "residual_dtype": self.residual,
         }  # fmt: skip
+
+    def setup(self, cfg: ModelConfig, sequences: int, precision: devices.Precision) -> Setup:
+        """The same as the planner sees it."""
+        return Setup(
+            cfg, self.micro_batch, sequences, table.POLICIES[self.recompute],
+            table.LAYOUTS[self.state], self.chunk_rows or None, precision.name,
+            precision.device_type, residual=2 if self.residual == "bf16" else 4,
+        )  # fmt: skip
 
 
 def choose_plan(
@@ -71,12 +81,7 @@ def choose_plan(
         ConfigError: for what cannot run here, and on a GPU for a model that cannot fit: before
             anything is allocated, with the smallest change that would.
     """
-    wanted = settings.train.micro_batch_size
-    if wanted > settings.global_batch:
-        raise ConfigError(
-            f"--micro_batch_size {wanted} is more than a step has",
-            f"found {settings.global_batch} sequences a step", "lower it, or drop it",
-        )  # fmt: skip
+    options.check_rows(settings.train.micro_batch_size, settings.global_batch)
     kept = saved_plan(settings, device)
     train = _settled(settings, kept)
     _check_policy(train.recompute, device, settings)
@@ -122,11 +127,7 @@ def residual_dtype(settings: Settings, precision: devices.Precision, kept: dict[
         ConfigError: for bf16 beside another precision.
     """
     asked, bf16 = settings.train.residual_dtype, precision.name == "bf16"
-    if asked == "bf16" and not bf16:
-        raise ConfigError(
-            "--residual_dtype bf16 is for bf16 mixed precision", f"found {precision.name}",
-            "drop it",
-        )  # fmt: skip
+    options.check_residual(asked, precision.name)
     if asked == "auto":
         asked = kept.get("residual", "bf16" if precision.device_type == "cuda" else "fp32")
     return asked if bf16 else "fp32"
@@ -162,22 +163,12 @@ def _check_policy(policy: str, device: torch.device, settings: Settings) -> None
     """Raise ConfigError for a recompute policy that cannot run here."""
     is_typed = "recompute" in settings.typed
     named = f"--recompute {policy}" if is_typed else f"recompute {policy}, of the run or its config"
-    operators = policy in table.POLICIES and table.POLICIES[policy].norms
     if policy == "offload" and device.type == "cpu":
         raise ConfigError(
             f"{named}, keeps residuals in host memory",
             "found a CPU, which computes there already", "use --recompute block",
         )  # fmt: skip
-    if operators and settings.train.kernels == "inductor":
-        raise ConfigError(
-            f"{named}, is done by operators that torch.compile does not look into",
-            "found --kernels inductor", "use another of the two",
-        )  # fmt: skip
-    if operators and settings.model.per_head_era:
-        raise ConfigError(
-            f"{named}, knows GELU and SwiGLU", "found the ReLU of older checkpoints",
-            "use --recompute block",
-        )  # fmt: skip
+    options.check_policy(policy, settings.model, settings.train, named)
     both = {"use_checkpoint", "recompute"} <= settings.typed and settings.model.use_checkpoint
     if both and policy not in ("block", "offload"):
         raise ConfigError(
@@ -192,46 +183,40 @@ def _check_policy(policy: str, device: torch.device, settings: Settings) -> None
 def card_of(device: torch.device, precision: devices.Precision, free: int) -> search.Device:
     """The GPU as the planner sees it: what is free now, and its matmul ceiling where known."""
     name = devices.describe(device)
-    card = cards.known(name)
-    own = ceiling.measured_ceiling(name, precision.name) or 0.0
-    published = card.tflops.get(precision.name, 0.0) if card else 0.0
-    return search.Device(
-        # a part of the context is there already, and not free any more
-        memory=free + table.CONTEXT_BYTES // 2, dtype=precision.name, name=name,
-        tflops=own or published, gb_per_s=card.gb_per_s if card else 0.0,
-        share=card.share if card else 0.8, measured=bool(own),
-    )  # fmt: skip
+    # a part of the context is there already, and not free any more
+    memory = free + table.CONTEXT_BYTES // 2
+    return search.device_for(memory, precision.name, cards.known(name), [name])
 
 
 def _planned(
     settings: Settings, train: TrainConfig, kept: dict[str, Any], residual: str,
     device: torch.device, precision: devices.Precision, free: int, notices: list[str],
 ) -> MemoryPlan:  # fmt: skip
-    cfg, card = settings.model, card_of(device, precision, free)
-    wide = 2 if residual == "bf16" else 4
-    sequences, as_saved = settings.global_batch, "micro_batch" in kept
-    choices = search.able(cfg, train, precision.name)
-    if as_saved and train.micro_batch_size == kept["micro_batch"] and train.recompute != "auto":
-        # it ran so before: it is not asked whether it could run better
-        setup = Setup(
-            cfg, train.micro_batch_size, sequences, table.POLICIES[train.recompute],
-            table.LAYOUTS[choices.layouts[0]], train.chunk_rows or None, precision.name,
-            residual=wide,
-        )  # fmt: skip
-        best = search.evaluate(setup, card)
+    cfg, card, sequences = settings.model, card_of(device, precision, free), settings.global_batch
+    choices = options.options_of(cfg, train, precision.name)
+    if train.kernels == "reference" or train.attention == "math":
+        notices.append(
+            "memory is predicted for fused kernels; --kernels reference and --attention math need "
+            "more: lower --micro_batch_size if it does not suffice"
+        )
+    as_saved = train.micro_batch_size == kept.get("micro_batch") and train.recompute != "auto"
+    if as_saved:  # it ran so before: it is not asked whether it could run better
+        plan = MemoryPlan(
+            train.micro_batch_size, train.recompute, choices.layouts[0], train.chunk_rows, residual
+        )
+        best = search.evaluate(plan.setup(cfg, sequences, precision), card)
         if not best.fits:
             notices.append(
                 f"the saved plan may not fit: it takes {console.bytes_text(best.peak.total)} of "
                 f"{console.bytes_text(card.room)}; --micro_batch_size and --recompute change it"
             )
         return as_plan(best, residual)
+    wide = 2 if residual == "bf16" else 4
     plans = search.search(cfg, sequences, card, choices, residual=wide)
     best = plans[0]
     if not best.fits:
-        able = search.able(cfg, search.left_open(train), precision.name)
-        raise advice.does_not_fit(
-            settings.model_name, cfg, sequences, card, plans, choices, able, wide
-        )
+        everything = options.options_of(cfg, options.left_open(train), precision.name)
+        raise advice.refusal(settings.model_name, cfg, card, best, choices, everything).error()
     if not best.exact and train.state == "auto":
         notices.append(
             f"state {best.setup.layout.name} is not exact ({best.setup.layout.says}): no exact "
@@ -266,25 +251,37 @@ def _plain(
         plan.micro_batch = cfg.batch_size
         return plan
     for policy in (plan.recompute, "block") if is_open else (plan.recompute,):
-        rows = _fitting(cfg, policy, precision, free, plan.state)
-        if rows:
+        plan.micro_batch = _fitting(plan, policy, cfg, settings.global_batch, precision, free)
+        if plan.micro_batch:
             if policy != plan.recompute:
                 notices.append("recompute block: keeping every activation would not fit memory")
-            plan.micro_batch, plan.recompute = rows, policy
+            plan.recompute = policy
             return plan
-    need = console.bytes_text(accounting.state_bytes(cfg, plan.state).total)
-    notices.append(
-        f"this model may not fit: weights, gradients and moments take {need} of "
-        f"{console.bytes_text(free)} free"
-    )
     plan.micro_batch, plan.recompute = 1, "block" if is_open else plan.recompute
+    need = console.bytes_text(step_bytes(plan, cfg, settings.global_batch, precision))
+    notices.append(
+        f"this model may not fit: a step takes about {need} of {console.bytes_text(free)} free"
+    )
     return plan
 
 
 def _fitting(
-    cfg: ModelConfig, policy: str, precision: devices.Precision, free: int, state: str
-) -> int | None:
-    changed = dataclasses.replace(cfg, use_checkpoint=table.POLICIES[policy].blocks)
-    usable = int(free * MEMORY_SHARE)
-    cpu = precision.device_type == "cpu"
-    return accounting.micro_batch_that_fits(changed, usable, attention_matrix=cpu, state=state)
+    plan: MemoryPlan, policy: str, cfg: ModelConfig, sequences: int, precision: devices.Precision,
+    free: int,
+) -> int:  # fmt: skip
+    """The largest micro-batch that is predicted to fit, a divisor of the batch; 0: not even one."""
+    for rows in reversed(search.micro_batches(cfg, cfg.batch_size)):
+        tried = dataclasses.replace(plan, micro_batch=rows, recompute=policy)
+        if step_bytes(tried, cfg, sequences, precision) <= MEMORY_SHARE * free:
+            return rows
+    return 0
+
+
+def step_bytes(
+    plan: MemoryPlan, cfg: ModelConfig, sequences: int, precision: devices.Precision
+) -> int:
+    """Peak memory of a step: predicted, and on a CPU what its allocator adds to it."""
+    total = step.peak(plan.setup(cfg, sequences, precision)).total
+    if precision.device_type == "cpu":
+        return int(CPU_OVERHEAD * total) + CPU_LIBRARIES
+    return total

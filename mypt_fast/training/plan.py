@@ -8,10 +8,9 @@ import math
 import torch
 
 from mypt_fast import accounting, console, kernels
-from mypt_fast.planner import cards
-from mypt_fast.planner import speed as speeds
-from mypt_fast.planner.table import POLICIES
+from mypt_fast.planner import search
 from mypt_fast.training import device as devices
+from mypt_fast.training import memory
 from mypt_fast.training.run import Choice, Run
 
 # 1 / MFU of a step on a CPU, measured there (docs/decisions.md): this for the matmuls, and that per
@@ -35,19 +34,20 @@ STATES = {
 def estimated_tokens_per_s(run: Run) -> float | None:
     """A rough speed: an MFU as steps reach it; None where the device's ceiling is not known.
 
-    On a GPU as `mypt-fast plan` estimates it, but for the memory's part.
+    On a GPU as `mypt-fast plan` estimates it from the same ceiling.
     """
     of_one = run.ceilings.mfu(1.0)
-    if of_one is None:
+    if of_one is None or run.ceilings.measured is None:
         return None
     cfg = run.settings.model
     if run.device.type == "cpu":
         matmuls, rest = CPU_COST[run.precision.dtype]
         elements = cfg.n_layer * cfg.n_embd / run.ceilings.flops_per_token
         return 1 / (of_one * (matmuls + rest * elements))
-    share = (run.ceilings.card or cards.Card).share
-    again = 1 + speeds.recomputed_share(cfg, POLICIES[run.plan.recompute])
-    return share * speeds.saturation(run.plan.micro_batch * cfg.block_size) / (of_one * again)
+    card = memory.card_of(run.device, run.precision, run.free_bytes)
+    card = dataclasses.replace(card, own={run.precision.name: run.ceilings.measured})
+    setup = run.plan.setup(cfg, run.settings.global_batch, run.precision)
+    return search.evaluate(setup, card).tokens_per_s
 
 
 def evaluation_work(run: Run, start_step: int) -> float:
@@ -61,15 +61,8 @@ def evaluation_work(run: Run, start_step: int) -> float:
 
 
 def predicted_bytes(run: Run) -> int:
-    """Peak memory of a step: as planned, else as estimated."""
-    if run.plan.predicted is not None:
-        return run.plan.predicted.total
-    cfg = dataclasses.replace(
-        run.settings.model, use_checkpoint=run.plan.recompute in ("block", "offload")
-    )
-    return accounting.training_bytes(
-        cfg, run.plan.micro_batch, attention_matrix=run.device.type == "cpu", state=run.plan.state
-    )
+    """Peak memory of a step."""
+    return memory.step_bytes(run.plan, run.settings.model, run.settings.global_batch, run.precision)
 
 
 def plan_lines(run: Run, start_step: int, choice: Choice) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from mypt_fast import presets
 from mypt_fast.cli import cmd_plan, main
-from mypt_fast.planner import ceiling, search, table
+from mypt_fast.planner import ceiling, options, table
 
 ROOT = Path(__file__).parents[2]
 PRESET = ["plan", "--config", "500M_1024"]
@@ -61,7 +61,7 @@ def test_people_read_the_plan_its_parts_and_the_others(capsys):
         "8 sequences = 8,192 tokens a step",
         "weights 2.24",
         "tokens/s",
-        "46 TFLOP/s measured elsewhere",
+        "46.1 TFLOP/s measured elsewhere",
         "--micro_batch_size",
     ):
         assert words in out  # fmt: skip
@@ -146,13 +146,13 @@ def preset_of(tmp_path, **fields):
 def choices(tmp_path, typed=None, **fields):
     preset = preset_of(tmp_path, **fields)
     flags = {"state": None, "recompute": None, **(typed or {})}
-    return search.able(preset.model, cmd_plan.settings_of(preset, flags), "bf16")
+    return options.options_of(preset.model, cmd_plan.settings_of(preset, flags), "bf16")
 
 
 def test_a_preset_fixes_what_it_says_and_a_flag_goes_first(tmp_path):
-    assert choices(tmp_path) == search.Able()
+    assert choices(tmp_path) == options.Options()
     fixed = choices(tmp_path, state="exact", recompute="mlp", micro_batch_size=4, chunk_rows=512)
-    assert fixed == search.Able(("exact",), ("mlp",), (512,), 4)
+    assert fixed == options.Options(("exact",), ("mlp",), (512,), 4)
     assert choices(tmp_path, use_checkpoint=True).policies == ("block",)
     typed = {"state": "fast", "recompute": "norms"}
     found = choices(tmp_path, typed, state="exact", use_checkpoint=True)
@@ -171,7 +171,7 @@ def test_a_preset_says_what_it_computes_in(capsys, tmp_path, fields, dtype):
     assert found["device"]["dtype"] == dtype
     assert found["device"]["ceiling_tflops"] == {"bf16": 46.1, "fp16": 45.9, "fp32": 15.9}[dtype]
     layouts = {plan["state"] for plan in found["plans"]}
-    assert layouts == (set(search.Able().layouts) if dtype == "bf16" else {"exact"})
+    assert layouts == (set(options.Options().layouts) if dtype == "bf16" else {"exact"})
 
 
 @pytest.mark.parametrize("card", [["--gpu", "RTX 4060"], ["--vram", "8G"], ["--gpu", "T4"]])
@@ -215,3 +215,83 @@ def test_the_readme_shows_what_plan_prints(capsys):
             readme.write_text(text, "utf-8")
         else:
             assert output == real
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"micro_batch_size": 50}, "--micro_batch_size 50 is more than a step has"),
+        ({"kernels": "inductor", "recompute": "norms"}, "found --kernels inductor"),
+        ({"use_amp": False, "residual_dtype": "bf16"}, "found fp32"),
+        ({"use_amp": False, "state": "exact16"}, "found fp32"),
+        ({"max_iters": 10**400}, "max_iters"),
+        ({"micro_batch_size": 10**400}, "micro_batch_size"),
+        ({"warmup_iters": 10**400}, "warmup_iters"),
+    ],
+)
+def test_what_train_refuses_is_not_planned(capsys, tmp_path, fields, words):
+    shape = {"n_embd": 64, "n_head": 4, "batch_size": 8}
+    (tmp_path / "preset.json").write_text(json.dumps({**shape, **fields}))
+    err = fails(capsys, "--config", str(tmp_path / "preset.json"), "--vram", "16G")
+    assert words in err
+    assert len(err) < 300
+
+
+def test_a_split_that_leaves_a_rest_has_one_forward_more(capsys, tmp_path):
+    preset_of(tmp_path, micro_batch_size=5)
+    report = machine_reads(capsys, "--config", str(tmp_path / "preset.json"), "--vram", "24G")
+    assert {plan["micro_steps"] for plan in report["plans"]} == {2}
+
+
+def test_plans_that_are_left_out_are_told_apart(capsys):
+    assert main(["plan", "--config", "1.3B_1024", "--vram", "16G"]) == 0
+    *_, table_end = capsys.readouterr().out.splitlines()
+    found = re.fullmatch(
+        r"and (?:(\d+) slower that need no less, )?(\d+) more that do not fit; see --json",
+        table_end,
+    )
+    report = machine_reads(capsys, "--config", "1.3B_1024", "--vram", "16G")
+    assert int(found[2]) == sum(not plan["fits"] for plan in report["plans"]) - 2
+
+
+@pytest.mark.parametrize("gb_per_s", [10**400, float("nan"), -20, 1e-300, True, "fast", None])
+def test_a_bandwidth_that_cannot_be_is_passed_over(capsys, gb_per_s):
+    expected = machine_reads(capsys, *PRESET[1:], "--gpu", "RTX 5060 Ti")
+    path = ceiling.ceiling_file()
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"5060ti": {"tflops": {"bf16": 46.1}, "gb_per_s": gb_per_s}}))
+    found = machine_reads(capsys, *PRESET[1:], "--gpu", "RTX 5060 Ti")
+    assert found["device"].pop("ceiling_measured_here")
+    assert not expected["device"].pop("ceiling_measured_here")
+    assert found["device"].pop("ceiling_source") is None
+    assert expected["device"].pop("ceiling_source").endswith("#129 (also #85 #134 #136 #163)")
+    assert found == expected
+
+
+def test_a_card_without_a_ceiling_in_the_dtype_says_so(capsys, tmp_path):
+    preset_of(tmp_path, use_amp=False)
+    words = ["plan", "--config", str(tmp_path / "preset.json"), "--gpu", "H100 80GB"]
+    assert main(words) == 0
+    assert "no fp32 ceiling of the H100 80GB is known; `mypt-fast ceiling`" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("words", [
+    (), ("--gpu", "RTX 4090"), ("--gpu", "T4"), ("--gpu", "RTX PRO 6000"), ("--vram", "12G"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["500M_1024", "base/750M_unified_v1", "1.3B_1024", "tiny"])
+def test_a_plan_fits_a_terminal(capsys, words, name):
+    code = main(["plan", "--config", name, *(words or ("--vram", "16G"))])
+    out, err = capsys.readouterr()
+    assert code == 0 or "does not fit" in err
+    assert max(map(len, out.splitlines()), default=0) <= 80
+
+
+def test_a_refusal_for_machines_has_the_change_and_the_card(capsys):
+    words = ["plan", "--config", "1.3B_1024", "--vram", "8G", "--json"]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["change"] in err
+    assert f"a card of {report['card_gb']} GB" in err

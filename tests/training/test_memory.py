@@ -218,9 +218,9 @@ def test_the_vocabulary_is_known_when_memory_is_planned(train, monkeypatch):
     seen = []
     fitting = memory._fitting
 
-    def watched(cfg, *rest):
+    def watched(plan, policy, cfg, *rest):
         seen.append(cfg.vocab_size)
-        return fitting(cfg, *rest)
+        return fitting(plan, policy, cfg, *rest)
 
     monkeypatch.setattr(memory, "_fitting", watched)
     assert train("r", "--micro_batch_size", "0", "--max_iters", "1") == 0

@@ -1,5 +1,6 @@
 """MFU: where its ceilings come from, and that log and console say the same."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,9 +13,9 @@ from conftest import events
 from mypt_fast import accounting, console, presets
 from mypt_fast.cli import main
 from mypt_fast.config import ModelConfig
-from mypt_fast.planner import cards, ceiling, speed
+from mypt_fast.planner import cards, ceiling, search, speed
 from mypt_fast.training import device as devices
-from mypt_fast.training import plan, utilisation
+from mypt_fast.training import memory, plan, utilisation
 from mypt_fast.training.memory import MemoryPlan
 from mypt_fast.training.utilisation import Ceilings
 
@@ -156,15 +157,19 @@ def test_a_step_without_a_ceiling_has_no_share(train, capsys, monkeypatch) -> No
     assert not re.search(r"^time ", out, re.M)
 
 
-def guess(cfg: ModelConfig, device: str, dtype: torch.dtype, card: str | None = None) -> float:
-    """MFU that the start line counts on, where matmuls reach 1 TFLOP/s."""
-    flops, entry = accounting.flops_per_token(cfg), cards.find(card) if card else None
-    run = SimpleNamespace(
+def starting(cfg: ModelConfig, device: str, dtype: torch.dtype) -> SimpleNamespace:
+    """A run at its start: a step in one forward, where matmuls reach 1 TFLOP/s."""
+    return SimpleNamespace(
         device=torch.device(device), precision=devices.Precision(dtype, False, device),
-        ceilings=Ceilings(flops, 1.0, entry), settings=SimpleNamespace(model=cfg),
-        plan=MemoryPlan(8),
+        ceilings=Ceilings(accounting.flops_per_token(cfg), 1.0), free_bytes=16 << 30,
+        settings=SimpleNamespace(model=cfg, global_batch=8), plan=MemoryPlan(8),
     )  # fmt: skip
-    return accounting.mfu(plan.estimated_tokens_per_s(run), flops, 1.0)
+
+
+def guess(cfg: ModelConfig, device: str, dtype: torch.dtype) -> float:
+    """MFU that the start line counts on."""
+    speed = plan.estimated_tokens_per_s(starting(cfg, device, dtype))
+    return accounting.mfu(speed, accounting.flops_per_token(cfg), 1.0)
 
 
 def test_the_guess_is_the_mfu_that_was_measured_on_a_cpu() -> None:
@@ -177,10 +182,20 @@ def test_the_guess_is_the_mfu_that_was_measured_on_a_cpu() -> None:
             assert guess(cfg, "cpu", dtype) == pytest.approx(share / 100, rel=0.05)
 
 
-def test_the_guess_on_a_gpu_is_the_planners() -> None:
-    bf16, cfg = torch.bfloat16, ModelConfig(block_size=1024)
-    assert guess(cfg, "cuda", bf16) == pytest.approx(0.8 * speed.saturation(8192))
-    assert guess(cfg, "cuda", torch.float16, "T4") == pytest.approx(0.6 * speed.saturation(8192))
+@pytest.mark.parametrize("name", ["RTX 5060 Ti", "T4", "a card that nobody knows"])
+def test_the_guess_on_a_gpu_is_that_of_plan(monkeypatch, tmp_path, name) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(devices, "describe", lambda device: name)
+    cfg, dtype = ModelConfig(block_size=1024), torch.float16 if name == "T4" else torch.bfloat16
+    run = starting(cfg, "cuda", dtype)
+    card = memory.card_of(run.device, run.precision, run.free_bytes)
+    of_one = dataclasses.replace(card, own={run.precision.name: 1.0})
+    found = search.evaluate(run.plan.setup(cfg, 8, run.precision), of_one)
+    known = cards.known(name) is not None
+    bandwidth = of_one.gb_per_s if known else search.TYPICAL_BANDWIDTH
+    expected = speed.tokens_per_s(found.setup, 1.0, 0.6 if name == "T4" else 0.8, bandwidth)
+    assert found.tokens_per_s == expected
+    assert plan.estimated_tokens_per_s(run) == expected
 
 
 def test_the_start_line_has_the_guess(train, capsys) -> None:
