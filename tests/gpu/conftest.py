@@ -1,7 +1,8 @@
 """The kernel tests on a GPU: the same tests, the compiled kernels, and bf16 as well.
 
-Every test here is marked `gpu`. Those of tests/kernels that ask for no `way` show nothing about a
-GPU and are not run again; those that need the CPU skip themselves and say why.
+Every test here is marked `gpu`, but for those of `ON_CPU`. Those imported from tests/kernels that
+ask for no `way` show nothing about a GPU and are not run again; those that need the CPU skip
+themselves and say why.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch
 from tests.kernels.conftest import Way
 
 HERE = Path(__file__).parent
+ON_CPU = HERE / "test_collection.py"  # what is collected here is known without a GPU
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEVICE_LOST = 9  # exit code of a run whose device can do nothing more
 
@@ -62,13 +64,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     absent = pytest.mark.skip(reason="needs a CUDA device, and torch finds none")
     kept, left_out = [], []
     for item in items:
-        if not item.path.is_relative_to(HERE):
+        if not item.path.is_relative_to(HERE) or item.path == ON_CPU:
             kept.append(item)
             continue
         item.add_marker(pytest.mark.gpu)
         if not torch.cuda.is_available():
             item.add_marker(absent)
-        (kept if "way" in item.fixturenames else left_out).append(item)
+        is_own = item.function.__module__ == item.module.__name__  # not imported by a twin
+        (kept if is_own or "way" in item.fixturenames else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept

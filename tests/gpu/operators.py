@@ -33,7 +33,8 @@ NAMES = (
     "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "swiglu", "swiglu_mlp all",
     "swiglu_mlp gate_up", "swiglu_mlp input", "gelu_mlp input", "rope_qkv", "rope_qkv norm",
     "cross_entropy", "cross_entropy none", "linear_cross_entropy", "linear_cross_entropy none",
-    "linear_cross_entropy weighted", "linear_cross_entropy into",
+    "linear_cross_entropy weighted", "linear_cross_entropy into", "norm_qkv", "norm_qkv rope",
+    "norm_mlp gelu input", "norm_mlp swiglu gate_up", "norm_mlp swiglu input", "linear",
 )  # fmt: skip
 
 
@@ -45,6 +46,11 @@ def make(name: str, device: str, dtype: torch.dtype, impl: str, seed: int = 0) -
         return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
 
     op, _, variant = name.partition(" ")
+    if op in ("norm_qkv", "norm_mlp"):
+        return (_norm_qkv if op == "norm_qkv" else _norm_mlp)(variant, draw, device, impl)
+    if op == "linear":  # a matmul: no impl to choose
+        inputs = [draw(N, C), draw(F, C, scale=C**-0.5), draw(F)]
+        return Call(kernels.linear, inputs, [draw(N, F)], False)
     if op.endswith("norm"):
         return _norm(op, draw, device, impl)
     if op.endswith("mlp"):
@@ -89,6 +95,63 @@ def _mlp(op: str, save: str, draw: Callable[..., Tensor], impl: str) -> Call:
     return Call(
         lambda *t: function(*t, save=save, impl=impl), [draw(N, C), *weights], [draw(N, C)], False
     )
+
+
+def _joined(
+    is_llama: bool, draw: Callable[..., Tensor], device: str
+) -> tuple[list[Tensor], Callable[..., tuple[kernels.Join, kernels.Norm]]]:
+    """Leaves of a stream that a branch joins and of its norm, and what makes the two of them."""
+    leaves = [draw(2, N // 2, C), draw(2, N // 2, C), 1 + draw(C, scale=0.1)]
+    if not is_llama:
+        leaves.append(draw(C, scale=0.1))
+    seed = torch.tensor(7, device=device)
+
+    def parts(
+        branch: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> tuple[kernels.Join, kernels.Norm]:
+        norm = kernels.Norm(weight, bias, 1e-6 if is_llama else 1e-5, center=not is_llama)
+        return kernels.Join(branch, x, 0.2, seed), norm
+
+    return leaves, parts
+
+
+def _norm_qkv(variant: str, draw: Callable[..., Tensor], device: str, impl: str) -> Call:
+    """GPT-2's, with biases; with "rope" Llama's."""
+    leaves, parts = _joined(bool(variant), draw, device)
+    n, T = len(leaves), N // 2
+    rope = kernels.rope_tables(T, C // H, 1e4, 1.0, device) if variant else None
+    weights = [draw(3 * C, C, scale=C**-0.5)]
+    if not variant:
+        weights.append(draw(3 * C))
+
+    def function(*t: Tensor) -> Sequence[Tensor]:
+        weight, bias = t[n:] if rope is None else (t[n], None)
+        return kernels.norm_qkv(*parts(*t[:n]), weight, bias, H, rope, impl=impl)
+
+    return Call(function, leaves + weights, [draw(2, T, 3 * C), draw(2, T, C)], False)
+
+
+def _norm_mlp(variant: str, draw: Callable[..., Tensor], device: str, impl: str) -> Call:
+    """GPT-2's or Llama's: `variant` is the activation, and what is saved."""
+    activation, save = variant.split()
+    leaves, parts = _joined(activation == "swiglu", draw, device)
+    n, T = len(leaves), N // 2
+    w_down, first = draw(C, F, scale=F**-0.5), draw(F, C, scale=C**-0.5)
+    if activation == "swiglu":
+        weights = [first, draw(F, C, scale=C**-0.5), w_down]
+    else:
+        weights = [first, w_down, draw(F), draw(C)]
+
+    def function(*t: Tensor) -> Sequence[Tensor]:
+        if activation == "swiglu":
+            gate, up, down, b_in, b_down = *t[n:], None, None
+        else:
+            (gate, down, b_in, b_down), up = t[n:], None
+        return kernels.norm_mlp(
+            *parts(*t[:n]), (gate, up), b_in, down, b_down, save=save, impl=impl
+        )
+
+    return Call(function, leaves + weights, [draw(2, T, C), draw(2, T, C)], False)
 
 
 def _loss(

@@ -36,6 +36,7 @@ def test_the_flash_call_gives_what_each_document_gives_alone(way, dtype, size) -
         torch.testing.assert_close(found, wanted, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_training_on_documents_compiles_whole_and_asks_the_host_for_nothing(way) -> None:
     cfg = ModelConfig(
         vocab_size=512, block_size=1024, n_embd=128, n_head=2, n_layer=2, dropout=0.0,
