@@ -317,7 +317,7 @@ def main() -> int:
     parser.add_argument("--vram", type=gib, default=16.0, metavar="SIZE", help="of GPU memory")
     parser.add_argument("--cases", help="only these, comma-separated; the file has no others")
     parser.add_argument("--variants", help="only these, see steps.py; ratios are among them")
-    parser.add_argument("--minutes", type=float, help="for a case; else 30 where all take turns, or each")
+    parser.add_argument("--minutes", type=float, help="of a case; else 30 for those in turn")
     parser.add_argument("--keep", action="store_true", help="what the file holds of anything else")
     args = parser.parse_args()
     cases = asked_of(parser, args)
