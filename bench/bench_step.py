@@ -9,6 +9,9 @@ rounds in turn: then the ratios are of medians, and the row says so.
     python bench/bench_step.py [--cases tiny-bf16,...]     all of them, to bench/results/<device>/
     python bench/bench_step.py --vram 16G                  on a GPU: no process may hold more
 
+Where a call may take minutes only: --cases, --variants and --minutes take a part, and --keep adds
+it to the file that other parts have begun.
+
 MFU (accounting.mfu) is a share of the rate of a bare matmul in the same dtype, measured here before
 and after; the better of the two counts. The bars are on a CPU: `auto` at least 0.97 times `plain`
 (both compiled), and at 150M 1.5 times `mypt-eager`.
@@ -21,20 +24,22 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the CLI does, for all sides
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # mypt_fast, installed or not
+
 import hf_gpt
 import pytest
 import torch
 from gpu_suite import ROOMY_BYTES, Model, Suite
-from record import save, slug
-from steps import DTYPES
+from record import rows_of, save, slug
+from steps import DTYPES, Variant
 
 from mypt_fast import presets
 from mypt_fast.accounting import flops_per_token, mfu
@@ -45,11 +50,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS, BASELINE, MYPT = "auto", "plain", "mypt-eager"
 VARIANTS = {
     "cpu": ("plain-eager", BASELINE, MYPT, "hf", "auto-eager", OURS),
-    "cuda": (BASELINE, MYPT, "hf", OURS, "auto/norms+exact16", "auto/plan"),
+    "cuda": (BASELINE, MYPT, "hf", OURS, "auto/norms+exact16", "auto/norms+fast", "auto/plan"),
 }[DEVICE]
 BARS = {BASELINE: 0.97, MYPT: 1.5}  # on a CPU; the second at 150M only
 LEAST_ROUNDS = 7
 HUNDRED = 97  # rounds of a step, after three to warm up: the loss is that after 100 steps
+TWO_HUNDRED = (50, 4)  # rounds, and steps of each
+MINUTES = 30.0  # of the processes that are there at once
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,12 @@ class Case:
     rounds: int = LEAST_ROUNDS
     steps: int = 1  # a round
     variants: tuple[str, ...] = VARIANTS
+    more: str = ""  # what tells it from another of this preset and dtype
 
     @property
     def name(self) -> str:
         """As --cases takes it."""
-        return f"{self.preset.rpartition('/')[2]}-{self.dtype}"
+        return f"{self.preset.rpartition('/')[2]}-{self.dtype}{self.more and '-'}{self.more}"
 
 
 # The preset's batch for tiny; 8 of small's 32 sequences and one of 150M's 24, as a CPU has hours.
@@ -81,6 +89,13 @@ CASES = {
     "cuda": (
         Case("500M_1024", "bf16", 8, HUNDRED), Case("500M_1024_llama", "bf16", 8, 12, 4),
         Case("base/750M_unified_v1", "bf16", 96, 12),
+        # the peaks that are promised, each at its own micro-batch, and that a run stays there
+        Case("500M_1024", "bf16", 8, *TWO_HUNDRED, ("auto/norms@8", "auto/norms+exact16@8"), "200"),
+        Case(
+            "base/750M_unified_v1", "bf16", 96, *TWO_HUNDRED,
+            ("auto/norms+exact16@3", "auto/norms+fast@6"), "200",
+        ),
+        Case("1.3B_1024", "bf16", 8, 12, 4, ("auto/norms+fast", "auto/plan")),
     ),
 }  # fmt: skip
 # pytest has ten minutes for all of bench/, and each compiled process takes half a minute of a CPU
@@ -92,7 +107,7 @@ SHORT = {
 
 
 @contextmanager
-def suite(case: Case, vram_gib: float, minutes: float = 30.0) -> Iterator[Suite]:
+def suite(case: Case, vram_gib: float, minutes: float = MINUTES) -> Iterator[Suite]:
     """What the processes of a case are started with; its caches go with it."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         args = Namespace(
@@ -130,12 +145,28 @@ def close(models: list[Model]) -> None:
         model.close()
 
 
-def measure(case: Case, vram_gib: float, names: list[str]) -> tuple[list[dict[str, Any]], bool]:
-    """A row per variant, and whether they took turns."""
-    roomy = DEVICE == "cpu" or torch.cuda.get_device_properties(0).total_memory > ROOMY_BYTES
-    rows = []
-    for group in [names] if roomy else [[name] for name in names]:
-        with suite(case, vram_gib) as run:
+def roomy() -> bool:
+    """Whether the processes of a case fit side by side, and so can take turns."""
+    return DEVICE == "cpu" or torch.cuda.get_device_properties(0).total_memory > ROOMY_BYTES
+
+
+def measure(
+    case: Case, vram_gib: float, names: list[str], minutes: float | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, a row per variant: all at once, or one more each time.
+
+    Args:
+        case: what is trained.
+        vram_gib: that each process may hold.
+        names: of the variants.
+        minutes: that all may take; by default each that has the card to itself gets its own.
+    """
+    rows: list[dict[str, Any]] = []
+    groups = [names] if roomy() else [[name] for name in names]
+    end = time.monotonic() + 60 * (minutes or 0.0)
+    for i, group in enumerate(groups):
+        share = (end - time.monotonic()) / 60 / (len(groups) - i) if minutes else MINUTES
+        with suite(case, vram_gib, share) as run:
             models = start(run, group)
             try:
                 for _ in range(case.rounds):
@@ -146,7 +177,7 @@ def measure(case: Case, vram_gib: float, names: list[str]) -> tuple[list[dict[st
                 rows += [model.row() for model in models]
             finally:
                 close(models)
-    return rows, roomy
+        yield rows
 
 
 def ratios(own: dict[str, Any], other: dict[str, Any], in_turn: bool) -> dict[str, Any]:
@@ -170,7 +201,7 @@ def finish(
     flops, samples = flops_per_token(presets.load(case.preset).model), case.rounds * case.steps
     by_name = {row["variant"]: row for row in rows}
     for row in rows:
-        row |= {"preset": case.preset, "dtype": case.dtype, "sequences": case.sequences}
+        row |= about(case)
         if "tokens_per_s" in row:
             row["mfu"] = mfu(row["tokens_per_s"], flops, matmul / 1e12)
             row["matmul_tflops"] = matmul / 1e12
@@ -186,15 +217,29 @@ def finish(
     return rows
 
 
-def compare(case: Case, vram_gib: float = 16.0) -> list[dict[str, Any]]:
-    """All rows of a case; a variant that is not here has a row that says why."""
+def about(case: Case) -> dict[str, Any]:
+    """What every row of a case says of it."""
+    return {
+        "case": case.name, "preset": case.preset, "dtype": case.dtype, "sequences": case.sequences,
+    }  # fmt: skip
+
+
+def compare(
+    case: Case, vram_gib: float = 16.0, minutes: float | None = None,
+    each: Callable[[list[dict[str, Any]]], Any] = lambda rows: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All rows of a case; a variant that is not here has a row that says why.
+
+    `each` gets the rows as they are whenever there are more: a call that is killed leaves those.
+    """
     clock, dtype = Clock(DEVICE), DTYPES[case.dtype]
     names, absent = variants_of(case)
-    before = matmul_rate(clock, dtype)
-    rows, in_turn = measure(case, vram_gib, names)
-    rows = finish(case, rows, in_turn, max(before, matmul_rate(clock, dtype)))
-    common = {"preset": case.preset, "dtype": case.dtype, "sequences": case.sequences}
-    return rows + [{"variant": v, "absent": why, **common} for v, why in absent.items()]
+    others = [{"variant": v, "absent": why, **about(case)} for v, why in absent.items()]
+    rows: list[dict[str, Any]] = []
+    before, in_turn = matmul_rate(clock, dtype), roomy()
+    for rows in measure(case, vram_gib, names, minutes):
+        each(finish(case, rows, in_turn, before) + others)
+    return finish(case, rows, in_turn, max(before, matmul_rate(clock, dtype))) + others
 
 
 def runnable(cases: tuple[Case, ...]) -> list[Case]:
@@ -250,25 +295,50 @@ def gib(text: str) -> float:
     return float(found[1]) / (1024 if (found[2] or "G").upper() == "M" else 1)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--vram", type=gib, default=16.0, metavar="SIZE", help="of GPU memory")
-    parser.add_argument("--cases", help="only these, comma-separated; the file then has no others")
-    args = parser.parse_args()
+def asked_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Case]:
+    """The cases that the flags name, each with the variants that they name."""
     known = {c.name: c for c in runnable(CASES[DEVICE])}
     asked = args.cases.split(",") if args.cases else list(known)
     if set(asked) - set(known):
         parser.error(f"--cases: expected some of {', '.join(known)}; found {args.cases}")
-    rows: list[dict[str, Any]] = []
-    with suite(known[asked[0]], args.vram) as run:
-        facts = run.facts
-    folder = slug(facts["gpu"]["name"]) if "gpu" in facts else "cpu"
-    for name in asked:
-        found = compare(known[name], args.vram)
+    if args.variants is None:
+        return [known[name] for name in asked]
+    variants = tuple(args.variants.split(","))
+    try:
+        for name in variants:
+            Variant.named(name)
+    except ValueError as e:
+        parser.error(f"--variants: {e}")
+    return [replace(known[name], variants=variants) for name in asked]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--vram", type=gib, default=16.0, metavar="SIZE", help="of GPU memory")
+    parser.add_argument("--cases", help="only these, comma-separated; the file has no others")
+    parser.add_argument("--variants", help="only these, see steps.py; ratios are among them")
+    parser.add_argument("--minutes", type=float, help="of a case; else 30 for those in turn")
+    parser.add_argument("--keep", action="store_true", help="what the file holds of anything else")
+    args = parser.parse_args()
+    cases = asked_of(parser, args)
+    with suite(cases[0], args.vram) as run:
+        header = {**run.facts, **({"cap_gib": args.vram} if DEVICE == "cuda" else {})}
+    folder = slug(header["gpu"]["name"]) if "gpu" in header else "cpu"
+    try:
+        rows = rows_of("step", header, folder) if args.keep else []
+    except ValueError as e:
+        parser.error(f"--keep: {e}")
+    for case in cases:
+        again = {(case.name, variant) for variant in case.variants}
+        others = [r for r in rows if (r.get("case"), r["variant"]) not in again]
+
+        def keep(found: list[dict[str, Any]], others: list[dict[str, Any]] = others) -> None:
+            save("step", header, [*others, *found], folder)
+
+        found = compare(case, args.vram, args.minutes, keep)
         show(found)
-        rows += found
-        cap = {"cap_gib": args.vram} if DEVICE == "cuda" else {}
-        save("step", {**facts, **cap}, rows, folder)  # after each case: one that fails spares them
+        rows = [*others, *found]
+        save("step", header, rows, folder)  # after each case: one that fails spares them
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one command under nine minutes.
+"""Kernels and short training steps on a GPU, in one command under nine minutes.
 
-    python bench/gpu_suite.py --out DIR [--minutes 9] [--only parity,kernels,steps]
+    python bench/gpu_suite.py [--out DIR] [--minutes 9] [--only parity,kernels,steps]
 
 | file in DIR | what |
 |---|---|
@@ -8,6 +8,10 @@
 | kernels.json | bench_kernels.py: every operator against its peers, all samples |
 | steps.json | training steps of the flagship preset beside plain compiled PyTorch, under 16 GiB |
 | suite.json | the machine, what ran, how long it took, what the time did not allow |
+
+DIR is bench/results/<GPU> where none is named. What a model needs under a cap, long runs, and
+other people's ways to train are bench_step.py's part, starts bench_start.py's. Each step takes the
+largest micro-batches that fit; `--only steps --variants auto@1,plain@1` makes them equal.
 
 Every file is written as soon as there is something to write, and names the card, its driver, its
 clocks, torch and Triton, never the machine. Peers (liger_kernel, quack) are used when installed:
@@ -33,11 +37,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # mypt_fast, installed or not
+
 import torch
 from parity_report import summary
+from record import RESULTS, slug
 
 from mypt_fast.benchmark.machine import card, facts
 from mypt_fast.benchmark.timing import median, quantile
+from mypt_fast.cli import ALLOCATOR, has_expandable_segments
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -98,8 +106,9 @@ class Suite:
 
     def start(self, command: list[str], **options: Any) -> subprocess.Popen:
         """Start a Python program in a process group of its own."""
+        options = {"env": self.env, **options}
         return subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=self.env, start_new_session=True, **options
+            [sys.executable, *command], cwd=ROOT, start_new_session=True, **options
         )
 
 
@@ -177,6 +186,16 @@ def kernels(suite: Suite) -> None:
     suite.note("kernels", **found, seconds=round(time.monotonic() - began, 1))
 
 
+def training_env(env: dict[str, str]) -> dict[str, str]:
+    """The environment with the allocator that `train` asks for, so that nobody's memory fragments.
+
+    All sides get it: a cap on memory would otherwise measure who fragments most.
+    """
+    if ALLOCATOR & env.keys() or not has_expandable_segments():
+        return env
+    return {**env, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 class Model:
     """One variant in its own process: its own cap on memory, its own compiler state."""
 
@@ -184,6 +203,7 @@ class Model:
         self.variant, self.over = variant, False
         self.about: dict[str, Any] = {}
         self.seconds: list[float] = []
+        self.retries: list[int] = []  # of the allocator, by round
         args = suite.args
         self.log = (suite.scratch / f"{variant.replace('/', '-')}.log").open("w+")
         self.process = suite.start(
@@ -193,6 +213,7 @@ class Model:
                 "--device", args.device, "--dtype", args.dtype,
             ],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            env=training_env(suite.env),
         )  # fmt: skip
         self.lines: queue.Queue[dict[str, Any]] = queue.Queue()
         self.reader = threading.Thread(target=self._read, daemon=True)
@@ -224,8 +245,10 @@ class Model:
             if "failed" in found:
                 self.log.seek(0)
                 found["tail"] = self.log.read()[-2000:]
-        self.about |= {k: v for k, v in found.items() if k != "seconds"}
+        by_round = ("seconds", "alloc_retries")
+        self.about |= {k: v for k, v in found.items() if k not in by_round}
         self.seconds += found.get("seconds", [])
+        self.retries += [found["alloc_retries"]] if "alloc_retries" in found else []
         return found
 
     def ask(self, steps: int | str, until: float) -> None:
@@ -257,7 +280,7 @@ class Model:
                 "tokens_per_s": self.about["tokens_per_step"] / middle,
                 "samples": self.seconds,
             }
-        return made
+        return made | ({"alloc_retries": self.retries} if self.retries else {})
 
 
 def write_steps(suite: Suite, models: list[Model]) -> None:
@@ -356,7 +379,7 @@ def run(suite: Suite) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results, bench/results/<GPU>")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--variants", default=VARIANTS, help="of the steps, see steps.py")
@@ -372,7 +395,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_suite: torch finds no GPU here; nothing was run", file=sys.stderr)
         return 2
-    args.out = args.out.resolve()
+    args.out = (args.out or RESULTS / slug(torch.cuda.get_device_name())).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         suite = Suite(args, Path(scratch))

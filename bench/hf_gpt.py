@@ -41,6 +41,13 @@ def liger_version(device: str) -> str | None:
     return metadata.version("liger-kernel")
 
 
+def versions(device: str) -> dict[str, Any]:
+    """What a row says of it: transformers' version, and Liger's or None where it has no part."""
+    from importlib import metadata
+
+    return {"transformers": metadata.version("transformers"), "liger": liger_version(device)}
+
+
 class HfGPT(nn.Module):
     """Tokens and targets (B, T) to the mean loss."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mypt_fast.benchmark.machine import machine
 
-__all__ = ["RESULTS", "machine", "run_suite", "save", "slug"]
+__all__ = ["RESULTS", "machine", "rows_of", "run_suite", "save", "slug"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,3 +40,23 @@ def save(
     text = json.dumps({**facts, "rows": []}, indent=1).replace("[]", f"[\n  {lines}\n ]")
     path.write_text(text + "\n")
     return path
+
+
+def rows_of(suite: str, facts: dict[str, Any], device: str = "cpu") -> list[dict[str, Any]]:
+    """The rows of the file that `save` would write over; none where there is no file.
+
+    Raises:
+        ValueError: for rows of another machine, day, version or cap: one header stands for all.
+    """
+    path = RESULTS / device / f"{suite}.json"
+    if not path.exists():
+        return []
+    held: dict[str, Any] = json.loads(path.read_text())
+    rows: list[dict[str, Any]] = held.pop("rows")
+    for key in sorted(held.keys() | facts.keys()):
+        a, b = (side.get(key) for side in (held, facts))
+        if key == "gpu" and a and b:  # its clocks are never twice the same
+            a, b = a.get("name"), b.get("name")
+        if a != b:
+            raise ValueError(f"the file's {key} is {a}, not {b}")
+    return rows

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_bars import GPU_BARS
+from report_pairs import or_pairs
 from report_tables import NAMES, TABLES, Row, number, plain, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,32 +27,16 @@ INTRO = """\
 Made by `make bench-report` from the files under [bench/results](../bench/results), which hold every
 raw sample; a test compares this page with them. Ratios are of runs in one session, both sides in
 turn; a spread in brackets is the 20th to the 80th percentile, of a ratio the smallest to the
-largest unless said. `make bench` repeats the measurements; `mypt-fast bench` measures your machine.
+largest unless said. `python bench/bench_<name>.py` repeats one of them and writes its file anew;
+`mypt-fast bench` measures your machine.
 """
-# Bars that need a GPU: (the suite under results/<GPU>/ that can answer it, the bar)
-GPU_BARS = (
-    ("kernels", "`linear_cross_entropy`, 8,192 x 4096 x 128,256, bf16: at most 36 ms on an H200, "
-     "or 1.45x Liger's default in at most 1.65 GB"),
-    ("kernels", "head of 12,288 x 1280 x 50,304: at most 0.30 GB beyond gradients, at most 1.10x "
-     "its bare matmuls"),
-    ("kernels", "RMSNorm backward at 80 %, add + norm at 90 / 80 % of the bandwidth of a copy"),
-    ("kernels", "SwiGLU at 90 / 85 %, cross-entropy at 88 % of the bandwidth of a copy"),
-    ("steps", "step of the 750M model: never below 0.99x, at least 1.02x of `torch.compile` alone "
-     "at equal batch"),
-    ("step", "500M_1024, 8 sequences, exact: peak of at most 12.6 GiB"),
-    ("step", "750M, 96 sequences a step: peak of at most 13.9 GiB exact, 12.9 GiB fast"),
-    ("step", "both trained for 200 steps under a cap of 16 GB"),
-    ("plan", "planner's peak within 3 % of the measured one"),
-    ("step", "H200, bf16, exact: 500M at 144,000 tokens/s, 750M at 110,000"),
-    ("step", "1.15x the tokens/s of `torch.compile` alone in the same 16 GB"),
-    ("step", "2x MyPT-style"),
-    ("step", "the 1.3B preset trains in 16 GB in the fast tier"),
-    ("start", "first optimised step in 15 s, in 5 s from a warm cache"),
-)  # fmt: skip
 
 
 def load(folder: Path) -> dict[str, dict[str, Row]]:
-    """Device folder to suite to what its file holds; CPU first, then by name."""
+    """Device folder to suite to what its file holds; CPU first, then by name.
+
+    A file without rows is no table: how gpu_suite.py went, and which tests passed.
+    """
     found: dict[str, dict[str, Row]] = {}
     for path in sorted(folder.glob("*/*.json"), key=lambda p: (p.parent.name != "cpu", p)):
         held = json.loads(path.read_text("utf-8"))
@@ -86,12 +72,16 @@ def suite_lines(device: str, name: str, held: Row) -> list[str]:
 
 
 def missing(results: dict[str, dict[str, Row]]) -> list[str]:
-    """Bars on a GPU: not yet measured, or where the answer stands."""
+    """Bars on a GPU: not yet measured, or what was found and where."""
     rows = []
-    for suite, bar in GPU_BARS:
-        where = [device for device in results if device != "cpu" and suite in results[device]]
-        state = f"see {suite} on {', '.join(where)}" if where else "not yet measured"
-        rows.append([bar, state])
+    for bar in GPU_BARS:
+        found = [
+            f"{told}: {bar.suite} on {device}"
+            for device, suites in results.items()
+            if device != "cpu" and bar.suite in suites
+            if (told := bar.measured(suites[bar.suite]))
+        ]
+        rows.append([bar.text, "; ".join(found) or "not yet measured"])
     return ["## Bars on a GPU", "", *table(["bar", "state"], rows), ""]
 
 
@@ -106,10 +96,9 @@ def page(results: dict[str, dict[str, Row]]) -> str:
     return "\n".join([*lines, *missing(results)]).rstrip("\n") + "\n"
 
 
+@or_pairs
 def readme_step(rows: list[Row]) -> list[str]:
-    """Our compiled step, or pairs: ratios and speed."""
-    if rows and "reference_s" in rows[0]:
-        return TABLES["step"][1](rows)
+    """Our compiled step: ratios and speed."""
     found = []
     for row in (r for r in rows if r["variant"] == "auto" and r.get("times")):
         case = f"`{row['preset']}`, {row['dtype']}, {row['sequences']} sequences"

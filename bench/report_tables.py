@@ -7,14 +7,16 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from report_pairs import or_pairs
+
 from mypt_fast.benchmark.timing import median, quantile
 
 Row = dict[str, Any]
 SPREAD = (0.2, 0.8)
 NAMES = {
     "plain-eager": "nanoGPT-style, eager", "plain": "nanoGPT-style, compiled",
-    "mypt-eager": "MyPT-style, eager", "hf": "transformers with Liger, compiled",
-    "hf-eager": "transformers with Liger, eager", "auto": "ours, compiled",
+    "mypt-eager": "MyPT-style, eager", "mypt": "MyPT-style, eager",
+    "hf": "transformers, compiled", "hf-eager": "transformers, eager", "auto": "ours, compiled",
     "auto-eager": "ours, eager",
 }  # fmt: skip
 
@@ -39,26 +41,70 @@ def spread(samples: Sequence[float], scale: float = 1.0) -> str:
     return f"{number(median(list(samples)) * scale)} ({number(low)} to {number(high)})"
 
 
+def who(row: Row) -> str:
+    """A variant in words; transformers' row says whether Liger's kernels ran."""
+    kind, _, rows = row["variant"].partition("@")
+    name = NAMES.get(kind, kind)
+    if row.get("liger"):
+        name = name.replace("transformers", f"transformers with Liger {row['liger']}")
+    return f"{name}, in micro-batches of {rows}" if rows else name
+
+
+def reason(row: Row) -> str:
+    """Why a row has no samples."""
+    why = row.get("absent") or row.get("failed") or row.get("cut_short") or "no samples"
+    return f"none: {why}".replace("|", "\\|").replace("\n", " ")
+
+
+def peak(row: Row) -> str:
+    """The peak, on a GPU beside the predicted one."""
+    found = row.get("peak_allocated_bytes") or row.get("peak_resident_bytes") or 0
+    text, predicted = f"{found / 2**30:.2f} GiB", row.get("predicted_bytes")
+    if "peak_allocated_bytes" in row and predicted:
+        text += f", {found / predicted - 1:+.1%} on the prediction"
+    return text
+
+
+@or_pairs
 def step(rows: list[Row]) -> list[str]:
-    """Training steps, in either form that is committed: processes in turn, or pairs in one."""
-    if rows and "reference_s" in rows[0]:
-        return step_pairs(rows)
+    """Training steps of processes in turn."""
     found = []
     for row in rows:
-        name = NAMES.get(row["variant"], row["variant"])
         case = f"{row['preset']}, {row['dtype']}, {row['sequences']} sequences"
         if "tokens_per_s" not in row:
-            why = row.get("absent") or row.get("failed") or row.get("cut_short") or "no samples"
-            found.append([case, name, f"none: {why}", "", "", "", ""])
+            found.append([case, who(row), reason(row), "", "", "", ""])
             continue
-        peak = row.get("peak_allocated_bytes") or row.get("peak_resident_bytes") or 0
         loss = f"{row['loss']:.4f} after {row['steps']} steps" if "loss" in row else ""
-        times = row.get("times", {})
+        same = ("preset", "dtype", "sequences")
+        others = {r["variant"]: who(r) for r in rows if all(r[k] == row[k] for k in same)}
+        times = [ratio(others.get(k, k), v) for k, v in row.get("times", {}).items()]
         found.append([
-            case, name, number(row["tokens_per_s"]), f"{row['mfu']:.0%}", f"{peak / 2**30:.2f} GiB",
-            loss, "; ".join(ratio(NAMES.get(k, k), v) for k, v in times.items()),
+            case, who(row), number(row["tokens_per_s"]), f"{row['mfu']:.0%}", peak(row), loss,
+            "; ".join(times),
         ])  # fmt: skip
     header = ["case", "who", "tokens/s", "MFU", "peak memory", "loss", "times the others' speed"]
+    return table(header, found)
+
+
+def steps(rows: list[Row]) -> list[str]:
+    """Short training steps of gpu_suite.py: the ratio is of medians, to the plain one."""
+    plain_s = {
+        r["tokens_per_step"]: r["median_s"] for r in rows
+        if r["variant"].partition("@")[0] == "plain" and "median_s" in r
+    }  # fmt: skip
+    found = []
+    for row in rows:
+        if "median_s" not in row:
+            found.append([who(row), reason(row), "", "", "", ""])
+            continue
+        is_plain = row["variant"].startswith("plain")
+        other = None if is_plain else plain_s.get(row["tokens_per_step"])
+        found.append([
+            who(row), number(row["tokens_per_s"]), str(row["micro_batch"]),
+            spread(row["samples"], 1e3), peak(row),
+            f"{other / row['median_s']:.2f}x (of medians)" if other else "",
+        ])  # fmt: skip
+    header = ["who", "tokens/s", "micro-batch", "step, ms", "peak memory", "times plain's speed"]
     return table(header, found)
 
 
@@ -67,21 +113,6 @@ def ratio(name: str, found: Row) -> str:
     if "rounds" not in found:
         return f"{found['median']:.2f}x {name} (of medians)"
     return f"{found['median']:.2f}x {name} ({found['min']:.2f} to {found['max']:.2f})"
-
-
-def step_pairs(rows: list[Row]) -> list[str]:
-    """Pairs of a plain step and ours."""
-    found = [
-        [
-            f"`{r['preset']}`, {r['dtype']}, {r['sequences']} sequences, {r['mode']} both",
-            spread([p / o for p, o in zip(r["reference_s"], r["ours_s"], strict=True)]) + "x",
-            number(r["ours_tokens_per_s"]),
-            str(len(r["ours_s"])),
-        ]
-        for r in rows
-    ]
-    header = ["training step", "times plain PyTorch's speed, pair by pair", "tokens/s", "rounds"]
-    return table(header, found)
 
 
 def loader(rows: list[Row]) -> list[str]:
@@ -152,16 +183,19 @@ def saves(rows: list[Row]) -> list[str]:
 def start(rows: list[Row]) -> list[str]:
     """Seconds of a process until its first optimised step, and the steps after it."""
     words = {"auto": "ours, blocks compiled", "auto-whole": "ours, compiled whole"}
-    found = [
-        [
-            f"`{r['preset']}` {r['dtype']}", words.get(r["variant"]) or NAMES[r["variant"]],
-            *(spread(r[k]) for k in ("cold_s", "cold_cpu_s", "warm_s", "warm_cpu_s")),
-            number(r["times_eager"]["median"]) if "times_eager" in r else "",
-        ]
-        for r in rows
-    ]  # fmt: skip
-    header = ["preset", "way", "cold, s", "CPU s", "warm, s", "CPU s", "steps, x eager"]
-    return table(header, found)
+    found = []
+    for r in rows:
+        name = r["variant"].replace("/plan", "")
+        times = r.get("times_eager")
+        faster = (
+            f"{times['median']:.2f}x ({times['min']:.2f} to {times['max']:.2f})" if times else ""
+        )
+        found.append([
+            f"`{r['preset']}` {r['dtype']}", words.get(name) or NAMES[name],
+            *(spread(r[k]) for k in ("cold_s", "cold_cpu_s", "warm_s", "warm_cpu_s")), faster,
+        ])  # fmt: skip
+    header = ["preset", "way", "cold, s", "CPU s", "warm, s", "CPU s"]
+    return table([*header, "speed of a step, times eager's"], found)
 
 
 def attention(rows: list[Row]) -> list[str]:
@@ -236,7 +270,13 @@ def states_steps(rows: list[Row]) -> list[str]:
             "" if r["step"] == "fast" else spread(times), number(r["first_s"]),
             *(f"{b:.2f}" for b in (*each, sum(each))),
         ])  # fmt: skip
-    header = ["optimizer's step", "parameters", "ms", "`fast`, times this", "first step, s"]
+    header = [
+        "optimizer's step",
+        "parameters",
+        "ms",
+        "time of `fast` / time of this (20th to 80th percentile)",
+        "first step, s",
+    ]
     return table([*header, "bytes of weights", "gradients", "moments", "all"], found)
 
 
@@ -295,6 +335,7 @@ def plain(rows: list[Row]) -> list[str]:
 
 TABLES: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "step": ("Training steps", step),
+    "steps": ("Training steps, short", steps),
     "core": ("`fit` of MyPT's interface", core),
     "kernels": ("Operators", kernels),
     "loader": ("Token loader, file in the page cache", loader),

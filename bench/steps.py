@@ -5,7 +5,8 @@
 It builds, compiles and warms up, says so in one line of JSON, and then answers every line it
 reads: a number with the seconds of that many steps, `loss` with the loss on a batch never trained
 on (dropout off), after which it takes no more steps. A step of --sequences is taken in the largest
-micro-batches that fit. A variant is KIND[/POLICY[+STATE]][-eager|-whole]:
+micro-batches that fit, or in those of ROWS where the name of the variant says so. A variant is
+KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]:
 
 | KIND | what |
 |---|---|
@@ -18,9 +19,15 @@ Of ours, POLICY and STATE are those of `train --recompute` and `--state`, none a
 are not named; the policy "plan" is what the planner chooses under the cap. All start from the same
 weights and see the same batches, AdamW, clipping and autocast, and are compiled unless their name
 ends in -eager: ours as the trainer does, or whole where the name says so, the others whole.
+
+What fits is found on a GPU without compiling, since compiling takes minutes: the first compiled one
+is two sizes above it, as a compiled model may need less. One that fits only because the allocator
+frees and asks again in every step is slow for it: then the next smaller is timed, too, and the
+faster of the two is kept.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -38,6 +45,7 @@ from torch import Tensor, nn
 
 from mypt_fast import presets
 from mypt_fast.accounting import count_parameters
+from mypt_fast.benchmark.timing import median
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.model import GPT
 from mypt_fast.planner import search, step, table
@@ -47,6 +55,7 @@ from mypt_fast.training.memory import card_of
 from mypt_fast.training.optim import adamw, clip, make_optimizer
 
 WARM_UP = 3
+SIZES_ABOVE = 2  # what fits eagerly is where a compiled model's search begins
 UNSEEN = 1 << 40  # the number of the batch that no step trains on
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LossOf = Callable[[Tensor, Tensor], Tensor]
@@ -61,19 +70,23 @@ class Variant:
     state: str
     compiled: bool
     whole: bool  # one graph of all layers
+    rows: int | None  # of a micro-batch; None: the largest that fits
 
     @classmethod
     def named(cls, name: str) -> "Variant":
-        """Parse KIND[/POLICY[+STATE]][-eager|-whole]."""
+        """Parse KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]."""
         rest, _, way = name.partition("-")
+        rest, at, rows = rest.partition("@")
         kind, _, how = rest.partition("/")
         policy, _, state = how.partition("+")
         policy, state = policy or "none", state or "exact"
         known = policy in (*table.POLICIES, "plan") and state in table.SEARCHED_LAYOUTS
-        if way not in ("", "eager", "whole") or not known:
-            raise ValueError(f"variant {name}: expected KIND[/POLICY[+STATE]][-eager|-whole]")
+        counted = rows.isdecimal() and int(rows) > 0 if at else True
+        if way not in ("", "eager", "whole") or not known or not counted:
+            form = "KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]"
+            raise ValueError(f"variant {name}: expected {form}")
         compiled = way != "eager" and kind != "mypt"
-        return cls(kind, policy, state, compiled, way == "whole")
+        return cls(kind, policy, state, compiled, way == "whole", int(rows) if at else None)
 
     @property
     def ours(self) -> bool:
@@ -165,7 +178,12 @@ class Stepper:
         else:
             make = {"mypt": mypt_adamw, "hf": hf_gpt.hf_adamw}.get(variant.kind, adamw)
             self.optimizer = make(self.model, TrainConfig())
-        self.scaler = torch.amp.GradScaler(self.device, enabled=case.dtype == "fp16")
+        self.begin()
+
+    def begin(self) -> None:
+        """Before the first step, and after one that did not come to its end."""
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype is torch.float16)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def forward(self, loss_of: LossOf, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
         """What the model returned, which must live until the backward, and the mean loss."""
@@ -206,35 +224,117 @@ class Stepper:
         if isinstance(self.model, GPT):
             self.model.__dict__.pop("hidden", None)
             self.model.plain_blocks()
-        x, y = batch(self.cfg, self.rows, UNSEEN, self.device)
-        return self.forward(self.mean, x, y)[1].item()
+        # the same batch for all, whatever micro-batch fits
+        x, y = batch(self.cfg, self.case.sequences, UNSEEN, self.device)
+        parts = zip(x.split(self.rows), y.split(self.rows), strict=True)
+        return sum(self.forward(self.mean, a, b)[1].item() * (len(a) / len(x)) for a, b in parts)
 
 
 def ready(name: str, case: Case) -> tuple[Stepper, dict[str, Any]]:
-    """The stepper, warmed up, at the largest micro-batch that fits the cap."""
-    variant, tried, rows = Variant.named(name), [], case.sequences
-    while True:
-        try:
-            began = time.perf_counter()
-            stepper = Stepper(variant, case, rows)
-            first = [stepper()]
-            at = {"first_step_at": time.monotonic(), "first_step_cpu_s": cpu_seconds()}
-            first += [stepper() for _ in range(WARM_UP - 1)]
-            return stepper, {
-                "ready": name, "micro_batch": stepper.rows, "did_not_fit": tried, **at,
-                "tokens_per_step": case.sequences * case.cfg.block_size, "warm_up_s": first,
-                "start_s": time.perf_counter() - began, **compile_counts(),
-                **(planned(stepper.setup) if variant.ours else {}),
-            }  # fmt: skip
-        except torch.OutOfMemoryError:
-            if rows == 1 or variant.policy == "plan":
-                raise
+    """The stepper, warmed up, at the largest micro-batch that fits the cap and is not slow there.
+
+    Raises:
+        torch.OutOfMemoryError: where not even the smallest fits.
+    """
+    variant = Variant.named(name)
+    sizes, about = sizes_to_try(variant, case)
+    did_not_fit: list[int] = []
+    short: list[dict[str, Any]] = []  # those that fit by retries alone
+    settled = False
+    while sizes:
+        rows = sizes.pop(0)
+        stepper, found = warmed_up(variant, case, rows)
+        if stepper is None:
+            did_not_fit.append(rows)
+        else:
+            pace = median(found["warm_up_s"][1:])
+            if short and not settled and short[-1]["step_s"] < pace:
+                # it was the faster one: back to it, and stay
+                sizes, settled = [short[-1]["micro_batch"]], True
+            elif found.get("warm_up_retries") and sizes:
+                grown = found["warm_up_retries"]
+                short.append({"micro_batch": rows, "step_s": pace, "retries": grown})
+            else:
+                about |= {"short_of_memory": short} if short else {}
+                return stepper, {"ready": name, "did_not_fit": did_not_fit, **about, **found}
         stepper = None  # the model goes with it
-        tried.append(rows)
-        rows = max(d for d in range(1, rows) if case.sequences % d == 0)
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        forget()
+    raise torch.OutOfMemoryError(f"{name}: {did_not_fit} sequences do not fit {case.cap_gib} GiB")
+
+
+def sizes_to_try(variant: Variant, case: Case) -> tuple[list[int], dict[str, Any]]:
+    """Micro-batches, the largest first, and what was found out about them."""
+    if variant.rows and case.sequences % variant.rows:
+        raise ValueError(f"micro-batches of {variant.rows} do not make {case.sequences} sequences")
+    if variant.rows or variant.policy == "plan":  # the planner chooses its own
+        return [variant.rows or case.sequences], {}
+    every = [d for d in range(case.sequences, 0, -1) if case.sequences % d == 0]
+    if case.device != "cuda":  # nothing limits the memory
+        return every, {}
+    eagerly = fits_eagerly(variant, case, every)
+    above = SIZES_ABOVE if variant.compiled else 0
+    return every[max(0, every.index(eagerly) - above) :], {"fits_eagerly": eagerly}
+
+
+def fits_eagerly(variant: Variant, case: Case, every: list[int]) -> int:
+    """The largest of `every` micro-batch that fits where nothing is compiled, the least unasked."""
+    stepper = Stepper(dataclasses.replace(variant, compiled=False, whole=False), case, every[-1])
+    low, high = 0, len(every) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(stepper, case, every[middle]) else (middle + 1, high)
+    stepper = None
+    forget()
+    return every[low]
+
+
+def fits(stepper: Stepper, case: Case, rows: int) -> bool:
+    """Whether steps fit in micro-batches of `rows`: two of a step, so that gradients add up."""
+    stepper.rows = rows
+    stepper.case = dataclasses.replace(case, sequences=rows * min(2, case.sequences // rows))
+    enough = True
+    try:
+        for _ in range(2):  # the moments are there from the first on
+            stepper()
+    except torch.OutOfMemoryError:
+        enough = False
+    stepper.begin()  # outside the handler: what the failed step held is free now
+    forget()
+    return enough
+
+
+def warmed_up(variant: Variant, case: Case, rows: int) -> tuple[Stepper | None, dict[str, Any]]:
+    """A stepper after its first steps and what is known of it; none where it does not fit."""
+    began = time.perf_counter()
+    try:
+        stepper = Stepper(variant, case, rows)
+        first = [stepper()]
+        at = {"first_step_at": time.monotonic(), "first_step_cpu_s": cpu_seconds()}
+        before = retries(case.device)
+        first += [stepper() for _ in range(WARM_UP - 1)]
+    except torch.OutOfMemoryError:
+        return None, {}
+    grown = retries(case.device) - before
+    return stepper, {
+        "micro_batch": stepper.rows, **at,
+        "tokens_per_step": case.sequences * case.cfg.block_size, "warm_up_s": first,
+        "start_s": time.perf_counter() - began, **compile_counts(),
+        **({"warm_up_retries": grown} if case.device == "cuda" else {}),
+        **(planned(stepper.setup) if variant.ours else {}),
+        **(hf_gpt.versions(case.device) if variant.kind == "hf" else {}),
+    }  # fmt: skip
+
+
+def forget() -> None:
+    """Give back what nobody holds any more: memory, and what was compiled."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def retries(device: str) -> int:
+    """How often the allocator had to free what it keeps before it got what was asked for."""
+    return torch.cuda.memory_stats()["num_alloc_retries"] if device == "cuda" else 0
 
 
 def planned(setup: Setup) -> dict[str, Any]:
@@ -286,8 +386,10 @@ def answers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if line.strip() == "loss":
             yield {"loss": stepper.final_loss(), "steps": stepper.steps}
             return
+        before = retries(args.device)
         seconds = [stepper() for _ in range(int(line))]
-        yield {"seconds": seconds, **memory(args.device)}
+        grown = {"alloc_retries": retries(args.device) - before} if args.device == "cuda" else {}
+        yield {"seconds": seconds, **memory(args.device), **grown}
 
 
 def main() -> None:

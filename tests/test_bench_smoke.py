@@ -260,6 +260,30 @@ def test_without_a_gpu_the_suite_says_so_in_one_line(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_suite_finds_the_package_that_nobody_installed(tmp_path) -> None:
+    """As after a clone: what makes an editable install importable is taken away."""
+    script = """import runpy, sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+sys.path = [sys.argv[1], *(p for p in sys.path[1:] if "site-packages" in p or "lib" in p)]
+sys.argv = ["gpu_suite.py", "--out", sys.argv[2]]
+runpy.run_path(sys.path[0] + "/gpu_suite.py", run_name="suite")
+import mypt_fast
+print(mypt_fast.__file__)"""
+    command = [sys.executable, "-c", script, str(BENCH), str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env, check=True)
+    assert ended.stdout.strip() == str(ROOT / "mypt_fast" / "__init__.py")
+
+
+def test_all_sides_train_with_the_allocator_of_the_trainer(bench, monkeypatch) -> None:
+    module, wanted = bench.gpu_suite, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setattr(module, "has_expandable_segments", lambda: True)
+    assert module.training_env({"A": "1"}) == {"A": "1", **wanted}
+    assert module.training_env({"PYTORCH_CUDA_ALLOC_CONF": ""}) == {"PYTORCH_CUDA_ALLOC_CONF": ""}
+    monkeypatch.setattr(module, "has_expandable_segments", lambda: False)
+    assert module.training_env({"A": "1"}) == {"A": "1"}
+
+
 @pytest.fixture
 def suite(bench, tmp_path, monkeypatch):
     """A suite on a card that is not there."""
@@ -301,7 +325,7 @@ def test_a_model_cut_short_keeps_its_samples(bench, suite, tmp_path, monkeypatch
     script = """import sys, time
 print("3"); print("[]"); print("noise")
 print('{"tokens_per_step": %d}' % (8 * len(sys.argv[2])), flush=True)
-input(); print('{"seconds": [2.0, 2.0]}', flush=True)
+input(); print('{"seconds": [2.0, 2.0], "alloc_retries": 5}', flush=True)
 time.sleep(600)"""
     (tmp_path / "steps.py").write_text(script)
     monkeypatch.setattr(bench.gpu_suite, "BENCH", tmp_path)
@@ -317,6 +341,7 @@ time.sleep(600)"""
     bench.gpu_suite.write_steps(suite, models)
     a, b, c = json.loads((suite.out / "steps.json").read_text())["rows"]
     assert (a["samples"], a["tokens_per_s"], "failed" in a) == ([2.0, 2.0], 4.0, False)
+    assert (a["alloc_retries"], "alloc_retries" in b) == ([5], False)  # a number a round
     assert a["cut_short"] == b["failed"] == "no answer in the time there was"
     assert (a["comparable_with"], c["comparable_with"]) == (["b"], [])
 
