@@ -6,7 +6,14 @@ torch.compile to fuse), or "auto", for which `choose` is the one rule.
 """
 
 from mypt_fast.kernels._joined import Join, Norm
-from mypt_fast.kernels._operator import IMPLS, choose, describe, why_not
+from mypt_fast.kernels._operator import (
+    IMPLS,
+    choose,
+    describe,
+    missing_for_triton,
+    missing_header,
+    why_not,
+)
 from mypt_fast.kernels.activation import swiglu
 from mypt_fast.kernels.cross_entropy import cross_entropy
 from mypt_fast.kernels.linear_cross_entropy import linear_cross_entropy
@@ -30,6 +37,8 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "missing_for_triton",
+    "missing_header",
     "norm_mlp",
     "norm_qkv",
     "rms_norm",

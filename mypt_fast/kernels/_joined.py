@@ -57,7 +57,10 @@ class Join:
 def checked(
     name: str, join: Join, norm: Norm, weights: dict[str, Tensor | None], impl: str
 ) -> tuple[bool, torch.dtype, Tensor | None]:
-    """Whether Triton runs it, the dtype of the matmuls, and the seed where one is used."""
+    """Whether Triton runs it, the dtype of the matmuls, and the seed where one is used.
+
+    Of the weights only the first one's shape is checked, which gives the others theirs: (K, C).
+    """
     x = join.residual
     dtype = op.autocast_dtype(x)
     path = op.choose(name, impl, x, dtype=dtype, saves_memory=True)
@@ -66,15 +69,22 @@ def checked(
     tensors = {"branch": join.branch, "norm.weight": norm.weight, "norm.bias": norm.bias}
     op.expect_floating(name, residual=x, **tensors, **weights)
     op.expect_same_device(name, x, **tensors, **weights)
+    if x.dim() < 2:
+        raise ValueError(f"{name}: expected residual (B, T, C); found {tuple(x.shape)}")
     op.expect_shape(name, "branch", join.branch, tuple(x.shape))
     op.expect_shape(name, "norm.weight", norm.weight, (x.shape[-1],))
     op.expect_shape(name, "norm.bias", norm.bias, (x.shape[-1],))
-    first = next(iter(weights.values()))
-    if x.dim() < 2 or first is None or first.dim() != 2 or first.shape[1] != x.shape[-1]:
-        raise ValueError(f"{name}: expected residual (..., C) and a weight (K, C)")
+    expect_matrix(name, *next(iter(weights.items())), x.shape[-1])
     if join.branch is None or not join.p:
         return path == "triton", dtype, None
     return path == "triton", dtype, norms._checked_seed(name, x, join.p, join.seed)
+
+
+def expect_matrix(name: str, argument: str, weight: Tensor | None, columns: int) -> None:
+    """Raise ValueError unless the weight is a matrix of `columns` columns."""
+    if weight is None or weight.dim() != 2 or weight.shape[1] != columns:
+        found = None if weight is None else tuple(weight.shape)
+        raise ValueError(f"{name}: expected {argument} of shape (K, {columns}); found {found}")
 
 
 def normed(

@@ -3,7 +3,10 @@
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,7 +127,9 @@ def choose(
     reason = _obstacle(x.device.type, x.device.index or 0, dtype or x.dtype)
     if impl == "triton":
         if reason:
-            raise ValueError(f"{name}: impl='triton' cannot run: {reason}")
+            raise ValueError(
+                f"{name}: impl='triton' cannot run: {reason}; impl='auto' takes what can"
+            )
         return impl
     if reason:
         return "inductor"
@@ -170,6 +175,9 @@ def _obstacle(device: str, index: int, dtype: torch.dtype) -> str | None:
         return f"needs compute capability {OLDEST_ARCH / 10}; found {arch / 10}"
     if dtype is torch.bfloat16 and arch < FIRST_BF16_ARCH:
         return f"bf16 needs compute capability {FIRST_BF16_ARCH / 10}; found {arch / 10}: use fp16"
+    lacking = missing_for_triton()
+    if lacking and os.environ.get("TRITON_INTERPRET") != "1":  # which compiles nothing
+        return f"needs {lacking}; found none: install it"
     return None
 
 
@@ -183,6 +191,37 @@ def _measured_to_win(name: str, index: int) -> bool:
 @functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def missing_for_triton() -> str | None:
+    """What launches on a GPU need besides Triton and this machine does not have, or None.
+
+    Triton compiles a module of its own in C at the first launch, with the compiler of
+    `triton/runtime/build.py`: what CC names, else gcc or clang, never cc. Where its cache still has
+    that module from other days it would need none; that is not looked for.
+    """
+    compiler = os.environ.get("CC")
+    if compiler is not None:
+        if shutil.which(compiler) is None:
+            return f"a C compiler (CC is {compiler!r})"
+    elif not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler (gcc or clang)"
+    return missing_header("C_INCLUDE_PATH")
+
+
+def missing_header(variable: str) -> str | None:
+    """Python's header, in words, where a compiler would not find it; None where it would.
+
+    Args:
+        variable: the environment's name of further folders that compilers of the language look in.
+    """
+    own = sysconfig.get_path("include", "posix_prefix")  # Debian's default is /usr/local's
+    paths = [os.environ.get(name, "") for name in ("CPATH", variable)]
+    folders = [own, *os.pathsep.join(paths).split(os.pathsep)]
+    if any(folder and Path(folder, "Python.h").is_file() for folder in folders):
+        return None
+    return f"Python's C header (Python.h of python3-dev, in {own})"
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def norm_mlp(
         join: what is normalised.
         norm: how.
         w_in: (w_gate, w_up), each (F, C); or (w_up, None).
-        b_in: (F,) or None.
+        b_in: (F,) or None; of a pair of weights (2F,), gate before up.
         w_down: (C, F).
         b_down: (C,) or None.
         save: "gate_up" keeps the product of the first matmul, "input" nothing.
@@ -53,10 +53,15 @@ def norm_mlp(
     """
     if save not in ("gate_up", "input"):
         raise ValueError(f"norm_mlp: save must be gate_up or input; found {save!r}")
-    weights = {
-        "w_in": w_in[0], "w_up": w_in[1], "b_in": b_in, "w_down": w_down, "b_down": b_down
-    }  # fmt: skip
-    triton, dtype, seed = checked("norm_mlp", join, norm, weights, impl)
+    first, up = w_in
+    inner = {"w_up": first} if up is None else {"w_gate": first, "w_up": up}
+    rest = {"b_in": b_in, "w_down": w_down, "b_down": b_down}
+    triton, dtype, seed = checked("norm_mlp", join, norm, {**inner, **rest}, impl)
+    F, C = first.shape
+    op.expect_shape("norm_mlp", "w_up", up, (F, C))
+    op.expect_shape("norm_mlp", "b_in", b_in, (F if up is None else 2 * F,))
+    op.expect_shape("norm_mlp", "w_down", w_down, (C, F))
+    op.expect_shape("norm_mlp", "b_down", b_down, (C,))
     if not torch.is_grad_enabled():
         save = "input"
     y, _, h = _norm_mlp_operator(

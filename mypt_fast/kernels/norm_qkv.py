@@ -60,7 +60,7 @@ def norm_qkv(
     op.expect_shape("norm_qkv", "weight", weight, (3 * weight.shape[1], weight.shape[1]))
     op.expect_shape("norm_qkv", "bias", bias, (weight.shape[0],))
     if rope is not None:
-        B, T, C = join.residual.shape
+        B, T, C = _rotated("norm_qkv", join.residual, n_head)
         rotary.check_tables("norm_qkv", join.residual, *rope, positions)
         op.expect_shape("norm_qkv", "cos", rope[0], (rope[0].shape[0], C // n_head // 2))
         rotary.check_positions("norm_qkv", positions, B, T, rope[0].shape[0])
@@ -70,6 +70,24 @@ def norm_qkv(
         seed, n_head, norm.eps, norm.center, join.p, dtype, triton,
     )  # fmt: skip
     return qkv, join.residual if join.branch is None else h
+
+
+def _rotated(name: str, residual: Tensor, n_head: int) -> tuple[int, int, int]:
+    """(B, T, C) of a stream whose heads are rotated.
+
+    Raises:
+        ValueError: where they cannot be.
+    """
+    if residual.dim() != 3:
+        found = tuple(residual.shape)
+        raise ValueError(f"{name}: expected residual (B, T, C) where it rotates; found {found}")
+    B, T, C = residual.shape
+    if n_head < 1 or C % (2 * n_head):
+        raise ValueError(
+            f"{name}: expected heads of an even width, as rotations need; "
+            f"found width {C} and n_head {n_head}"
+        )
+    return B, T, C
 
 
 def _rotate(

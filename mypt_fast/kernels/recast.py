@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from mypt_fast.kernels import _operator as op
 from mypt_fast.kernels import mlp as feed_forward
-from mypt_fast.kernels._joined import flat, low
+from mypt_fast.kernels._joined import expect_matrix, flat, low
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,7 +28,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     op.expect_tensors("linear", x=x, weight=weight)
     op.expect_same_device("linear", x, weight=weight, bias=bias)
-    op.expect_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]))
+    if not x.dim():
+        raise ValueError("linear: expected x (..., C); found ()")
+    expect_matrix("linear", "weight", weight, x.shape[-1])
+    op.expect_shape("linear", "bias", bias, (weight.shape[0],))
     return _linear_operator(x, weight, bias, op.autocast_dtype(x))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sysconfig
-from pathlib import Path
 
 import torch
 
@@ -13,6 +11,7 @@ from mypt_fast.accounting import flops_per_token
 from mypt_fast.config import TrainConfig
 from mypt_fast.data.loader import TokenLoader
 from mypt_fast.errors import ConfigError
+from mypt_fast.kernels import missing_for_triton, missing_header
 from mypt_fast.training.run import Choice, Run
 
 # Measured on two cores (docs/decisions.md). GAIN: the share of its eager time that a SwiGLU block
@@ -80,11 +79,8 @@ def _lacking(device: torch.device) -> str | None:
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             return f"a C++ compiler ({compiler})"
-        header = Path(sysconfig.get_paths()["include"], "Python.h")
-        return None if header.is_file() else f"Python's headers ({header})"
-    # Triton's launchers are C
-    has_one = any(map(shutil.which, ("cc", "gcc", "clang")))
-    return None if has_one else "a C compiler (cc, gcc or clang)"
+        return missing_header("CPLUS_INCLUDE_PATH")
+    return missing_for_triton()
 
 
 def _kept(run: Run) -> bool | None:

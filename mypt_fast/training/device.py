@@ -73,23 +73,32 @@ def pick(requested: str | None, explicit: bool) -> tuple[torch.device, str | Non
 
 
 def _check_built_for(index: int) -> None:
-    """Raise DeviceError for a GPU that this torch has no code for, as newer ones for a V100."""
-    major, minor = torch.cuda.get_device_capability(index)
-    built = [arch.removesuffix("a").rpartition("_") for arch in torch.cuda.get_arch_list()]
-    known = [(kind, int(n[:-1]), int(n[-1])) for kind, _, n in built if n.isdigit()]
-    runs = any(
-        (kind == "sm" and a == major and b <= minor)
-        or (kind == "compute" and (a, b) <= (major, minor))
-        for kind, a, b in known
+    """Raise DeviceError for a GPU that this torch has no code for, as newer ones for a V100.
+
+    A build lists machine code, sm_86, which runs from there to the end of its major version, and
+    PTX, compute_90, which the driver compiles for every newer card. PTX of one family, compute_90a
+    or compute_120f, goes no further than machine code.
+    """
+    card = torch.cuda.get_device_capability(index)
+    named = (re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", a) for a in torch.cuda.get_arch_list())
+    built = [(m[1] == "compute" and not m[4], (int(m[2]), int(m[3]))) for m in named if m]
+    if not built or any(
+        code <= card and (for_newer or code[0] == card[0]) for for_newer, code in built
+    ):
+        return
+    codes = sorted({code for _, code in built})
+    if card < codes[0]:
+        cure = "install an older torch, or one built for an older CUDA"
+    elif card > codes[-1]:
+        cure = "install a newer torch, or one built for a newer CUDA"
+    else:
+        cure = "install a torch that was built for it"
+    raise DeviceError(
+        f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(index)}, "
+        f"compute capability {card[0]}.{card[1]}",
+        f"found code for {', '.join(f'{major}.{minor}' for major, minor in codes)}",
+        f"{cure}, or pass --device cpu",
     )
-    if known and not runs:
-        oldest = min((a, b) for _, a, b in known)
-        raise DeviceError(
-            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(index)}, "
-            f"compute capability {major}.{minor}",
-            f"it was built for {oldest[0]}.{oldest[1]} and newer",
-            "install a torch that was built for it, or pass --device cpu",
-        )
 
 
 def _driver_present() -> bool:

@@ -17,6 +17,7 @@ from tests.kernels import oracle
 B, T, H, D = 2, 9, 3, 16
 C, HIDDEN = H * D, 80
 P, SEED = 0.2, 123_456_789_012
+TABLES = torch.ones(T, D // 2), torch.zeros(T, D // 2)
 CENTERS = pytest.mark.parametrize("center", [False, True], ids=["rms", "layer"])
 JOINS = pytest.mark.parametrize("joins", ["alone", "adds", "drops"])
 
@@ -199,17 +200,93 @@ def arguments(**changes: Any) -> dict[str, Any]:
         (lambda a: {"join": Join(a["join"].branch, a["join"].residual, 0.1)}, ValueError, "seed"),
         (lambda a: {"norm": Norm(a["weight"][0, :3], None, 1e-5, False)}, ValueError, "norm.w"),
         (lambda a: {"weight": a["weight"][:5]}, ValueError, "weight of shape"),
+        (lambda a: {"weight": None}, ValueError, r"weight of shape \(K, 48\); found None"),
+        (lambda a: {"weight": a["weight"][:, :9]}, ValueError, r"\(K, 48\); found \(144, 9\)"),
+        (lambda a: {"join": Join(None, a["join"].residual[0, 0])}, ValueError, r"found \(48,\)"),
+        (lambda a: {"join": Join(None, a["join"].residual.sum())}, ValueError, r"found \(\)"),
         (lambda a: {"bias": a["weight"][0]}, ValueError, "bias of shape"),
         (lambda a: {"impl": "inductor"}, ValueError, "makes again"),
         (lambda a: {"rope": kernels.rope_tables(3, D, 1e4, 1.0)}, ValueError, "at most 3"),
         (lambda a: {"rope": kernels.rope_tables(T, 8, 1e4, 1.0)}, ValueError, "cos of shape"),
         (lambda a: {"weight": a["weight"].to(torch.int64)}, TypeError, "int64"),
+        (
+            lambda a: {"rope": TABLES, "join": Join(None, a["join"].residual[0])}, ValueError,
+            r"residual \(B, T, C\) where it rotates; found \(9, 48\)",
+        ),
+        (
+            lambda a: {"rope": TABLES, "n_head": 5}, ValueError,
+            "heads of an even width, as rotations need; found width 48 and n_head 5",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(change, error, words):
     given = arguments()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=f"norm_qkv: .*{words}"):
         norm_qkv(**{**given, **change(given)})
+
+
+@pytest.mark.parametrize(
+    ("gated", "change", "words"),
+    [
+        (True, {"w_up": (4, C)}, r"w_up of shape \(80, 48\); found \(4, 48\)"),
+        (True, {"w_gate": (HIDDEN, 9)}, r"w_gate of shape \(K, 48\); found \(80, 9\)"),
+        (True, {"w_gate": (C,)}, r"w_gate of shape \(K, 48\); found \(48,\)"),
+        (True, {"w_down": (C, 6)}, r"w_down of shape \(48, 80\); found \(48, 6\)"),
+        (True, {"w_down": (5, HIDDEN)}, r"w_down of shape \(48, 80\); found \(5, 80\)"),
+        (True, {"b_in": (HIDDEN,)}, r"b_in of shape \(160,\); found \(80,\)"),
+        (False, {"w_up": (HIDDEN, 9)}, r"w_up of shape \(K, 48\); found \(80, 9\)"),
+        (False, {"b_in": (3,)}, r"b_in of shape \(80,\); found \(3,\)"),
+        (False, {"b_down": (1,)}, r"b_down of shape \(48,\); found \(1,\)"),
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_what_does_not_fit_a_feed_forward_is_refused(gated, change, words, grad):
+    given = arguments()
+    shapes = {"w_up": (HIDDEN, C), "w_down": (C, HIDDEN), **change}
+    shapes = {"w_gate": (HIDDEN, C), **shapes} if gated else shapes
+    made = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    pair = (made["w_gate"], made["w_up"]) if gated else (made["w_up"], None)
+    biases = made.get("b_in"), made.get("b_down")
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=f"^norm_mlp: .*{words}$"):
+        norm_mlp(
+            given["join"], given["norm"], pair, biases[0], made["w_down"], biases[1],
+            save="gate_up",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((C,), (4, C), (3,)), r"bias of shape \(4,\); found \(3,\)"),
+        (((2, C), (4, C), (1,)), r"bias of shape \(4,\); found \(1,\)"),
+        (((2, C), (4, 9), None), r"weight of shape \(K, 48\); found \(4, 9\)"),
+        (((2, C), (C,), None), r"weight of shape \(K, 48\); found \(48,\)"),
+        (((2, C), (), None), r"weight of shape \(K, 48\); found \(\)"),
+        (((), (4, C), None), r"x \(\.\.\., C\); found \(\)"),
+    ],
+)
+def test_what_does_not_fit_a_matmul_is_refused(shapes, words):
+    made = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    with pytest.raises(ValueError, match=f"^linear: .*{words}$"):
+        linear(*made)
+
+
+def test_a_bias_of_a_pair_of_weights_is_packed_as_they_are(way):
+    shapes = [(B, T, C), (C,), (HIDDEN, C), (HIDDEN, C), (2 * HIDDEN,), (C, HIDDEN)]
+    inputs = draw(*shapes, dtype=torch.float32, device=way.device)
+    gradients = draw((B, T, C), dtype=torch.float32, device=way.device)
+
+    def ours(x, w, gate, up, bias, down):
+        norm = Norm(w, None, 1e-6, False)
+        return norm_mlp(
+            Join(None, x), norm, (gate, up), bias, down, None, save="gate_up", impl=way.impl
+        )[0]
+
+    def eager(x, w, gate, up, bias, down):
+        y, (first, second) = F.rms_norm(x, (C,), w, 1e-6), bias.chunk(2)
+        return F.linear(F.silu(F.linear(y, gate, first)) * F.linear(y, up, second), down)
+
+    oracle.check(ours, eager, inputs, gradients, factor=2.5)
 
 
 def test_another_save_is_refused():

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mypt_fast.attention import KVCache, Segments
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.errors import ConfigError
+from mypt_fast.kernels import _operator
 from mypt_fast.model import GPT
 from mypt_fast.training import compiling, plan
 
@@ -96,19 +97,29 @@ def test_a_cpu_without_a_compiler_runs_eager_and_says_why(run, monkeypatch, save
 
 def test_python_headers_are_looked_for(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("CXX", "sh")  # something that is there
-    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    with pytest.raises(ConfigError, match="--compile on needs Python's headers"):
+    for name in ("CPATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_operator.sysconfig, "get_path", lambda *names: str(tmp_path))
+    with pytest.raises(ConfigError, match="--compile on needs Python's C header"):
         compiling.settled(TrainConfig(compile="on"), CPU)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", f"/none:{tmp_path / 'own'}")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/Python.h").touch()
+    assert compiling.settled(TrainConfig(compile="on"), CPU)
 
 
 @pytest.mark.parametrize(("compile", "found"), [("auto", True), ("on", True), ("off", False)])
 def test_a_gpu_compiles_unless_told_not_to(monkeypatch, compile, found) -> None:
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(compiling, "missing_for_triton", lambda: None)
     assert compiling.settled(TrainConfig(compile=compile), GPU) is found
 
 
 def test_a_gpu_without_a_c_compiler(monkeypatch) -> None:
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling, "missing_for_triton", lambda: "a C compiler (gcc or clang)")
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)  # cc is not enough
+    run = SimpleNamespace(choice=None, device=GPU, settings=SimpleNamespace(train=TrainConfig()))
+    found = compiling.choose(run, 0)
+    assert found == compiling.Choice(False, "eager: a C compiler (gcc or clang) is missing")
     assert compiling.settled(TrainConfig(), GPU) is False
     with pytest.raises(ConfigError, match="needs a C compiler"):
         compiling.settled(TrainConfig(compile="on"), GPU)
