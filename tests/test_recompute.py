@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mypt_fast.config import ModelConfig
+from mypt_fast.kernels import dropped_attention
 from mypt_fast.model import GPT
 from mypt_fast.recompute import POLICIES, Host
 
@@ -21,6 +22,33 @@ SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 12, [1] * 3 + [2] * 4 + [3] * 
 # torch.compile's own, about an autograd.Function that it traces
 DYNAMO = "ignore:.*should not be instantiated:DeprecationWarning"
 REMADE = [p for p in POLICIES if p != "none"]
+TWICE = ("block", "offload")  # blocks whose forward the backward runs again
+
+
+@dataclasses.dataclass
+class Attention:
+    """Strips that a layer's attention with dropout has, 0: none; how many masks of them it drew."""
+
+    strips: int
+    drawn: int = 0
+
+
+@pytest.fixture(params=[0, 3], ids=["squares", "strips"])
+def attention(request, monkeypatch):
+    """PyTorch's as short rows have it, and in strips as long ones do: three, the last one short."""
+    here, draw = Attention(request.param), dropped_attention._keep_
+
+    def counted(keep, p):
+        here.drawn += 1
+        draw(keep, p)
+
+    monkeypatch.setattr(dropped_attention, "_keep_", counted)
+    if here.strips:
+        monkeypatch.setattr(dropped_attention, "LEAST_LENGTH", SMALL["block_size"])
+        monkeypatch.setattr(dropped_attention, "STRIP", 5)
+    torch._dynamo.reset()  # a graph holds the sizes of its strips, and nothing compares them
+    yield here
+    torch._dynamo.reset()
 
 
 def step(style, policy, *, dropout=0.0, bf16=False, kernels="auto", segments=None, change=None):
@@ -50,15 +78,17 @@ def test_every_policy_has_the_gradients_of_none(style, policy, segments):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("policy", ["block", "offload"])
-def test_blocks_that_run_twice_draw_the_same_dropout(style, policy):
+@pytest.mark.parametrize("policy", TWICE)
+def test_blocks_that_run_twice_draw_the_same_dropout(style, policy, attention):
     """Bit for bit: the order of draws is that of a plain forward."""
     want = step(style, "none", dropout=0.3)
     for a, b in zip(step(style, policy, dropout=0.3), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        assert torch.equal(a, b)
+    assert attention.drawn == attention.strips * SMALL["n_layer"] * (1 + 2)
 
 
 @pytest.mark.parametrize("style", STYLES)
+@pytest.mark.usefixtures("attention")
 def test_norms_that_are_made_again_draw_the_same_dropout(style):
     """From seeds, as the operators with everything kept draw it."""
     want = step(style, "none", dropout=0.3, kernels="reference")
@@ -122,14 +152,14 @@ def wide(model):
     return model.train()
 
 
-def slope_and_difference(model, hidden=None):
+def slope_and_difference(model, hidden=None, idx=IDX):
     """d loss along a random direction of all weights: by gradients, and by a central difference."""
     if hidden is not None:
         model.hidden = hidden
 
     def loss():
         torch.manual_seed(3)
-        return model(IDX, IDX.roll(-1, 1)) / IDX.numel()
+        return model(idx, idx.roll(-1, 1)) / idx.numel()
 
     loss().backward()
     parameters = list(model.parameters())
@@ -147,25 +177,30 @@ def slope_and_difference(model, hidden=None):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("style", STYLES)
-def test_finite_differences_agree_beside_dropout(style, policy):
+def test_finite_differences_agree_beside_dropout(style, policy, attention):
     """In fp64: whatever is made again was drawn with the masks of the forward."""
     cfg = ModelConfig(**{**SMALL, "n_layer": 2}, **STYLES[style], dropout=0.3)
     model = wide(GPT(cfg, 0, "reference", policy))
     slope, difference = slope_and_difference(model)
     assert difference == pytest.approx(slope, rel=1e-5)
+    assert attention.drawn == attention.strips * cfg.n_layer * (3 + (policy in TWICE))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(DYNAMO)
 @pytest.mark.parametrize("policy", ["norms", "mlp", "block"])
 @pytest.mark.parametrize("style", STYLES)
-def test_finite_differences_agree_where_the_model_is_one_graph(style, policy):
+def test_finite_differences_agree_where_the_model_is_one_graph(style, policy, attention, request):
+    if attention.strips and policy == "block":
+        reason = "the strips' operator does not say that it draws: made again, with another mask"
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     torch._dynamo.reset()
     cfg = ModelConfig(**{**SMALL, "n_layer": 2}, **STYLES[style], dropout=0.3)
     model = wide(GPT(cfg, 0, recompute=policy))
     compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
     slope, difference = slope_and_difference(model, compiled)
     assert difference == pytest.approx(slope, rel=1e-5)
+    assert attention.drawn == attention.strips * cfg.n_layer * (3 + (policy in TWICE))
 
 
 @pytest.fixture
@@ -181,14 +216,34 @@ def aot_eager(monkeypatch):
 @pytest.mark.filterwarnings(DYNAMO, "ignore:The .grad attribute of a Tensor")  # hidden by torch
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("style", STYLES)
-def test_finite_differences_agree_where_blocks_are_compiled(style, policy, aot_eager):
+def test_finite_differences_agree_where_blocks_are_compiled(style, policy, aot_eager, attention):
     """Dropout repeats its masks, and layers share a graph: of the first block and of the others."""
     cfg = ModelConfig(**SMALL, **STYLES[style], dropout=0.3)
     model = wide(GPT(cfg, 0, recompute=policy))
     model.compile_blocks()
     slope, difference = slope_and_difference(model)
     assert difference == pytest.approx(slope, rel=1e-5)
-    assert aot_eager.frame_count == (1 if policy in ("block", "offload") else 2)
+    assert aot_eager.frame_count == (1 if policy in TWICE else 2)
+    assert attention.drawn == attention.strips * cfg.n_layer * (3 + (policy in TWICE))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    DYNAMO, "ignore:The .grad attribute of a Tensor", "ignore:.*torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize("attention", [3], ids=["strips"], indirect=True)
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_finite_differences_agree_of_one_sequence_that_inductor_compiles(policy, attention):
+    """Inductor holds an operator to the strides it promised; of one row, heads are views."""
+    cfg = ModelConfig(**SMALL, bias=True, dropout=0.3)
+    model = wide(GPT(cfg, 0, recompute=policy))
+    model.compile_blocks()
+    # a graph kept on disk would be of the strips that it was made with
+    off = torch._functorch.config.patch(enable_autograd_cache=False)
+    with off, torch._inductor.config.patch(fx_graph_cache=False):
+        slope, difference = slope_and_difference(model, idx=IDX[:1])
+    assert difference == pytest.approx(slope, rel=1e-5)
+    assert attention.drawn == attention.strips * cfg.n_layer * (3 + (policy in TWICE))
 
 
 def test_tensors_come_back_from_host_memory_in_any_order():

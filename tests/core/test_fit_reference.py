@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from core_models import char_model
 from fit_help import (
     LETTERS,
     EpisodeLoader,
@@ -17,6 +19,7 @@ from fit_help import (
 )
 
 from mypt_fast import presets
+from mypt_fast.kernels import dropped_attention
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +97,53 @@ def test_strict_compat_without_a_seed_moves_the_generators_on(monkeypatch) -> No
     for split, _ in loader.drawn[:20]:
         again.get_batch(split)
     assert again.drawn == loader.drawn[:20]
+
+
+LONG = {"block_size": dropped_attention.LEAST_LENGTH, "dropout": 0.2}
+
+
+@pytest.fixture
+def no_strips(monkeypatch):
+    def entered(*_):
+        raise AssertionError("attention in strips")
+
+    monkeypatch.setattr(dropped_attention, "dropped_attention", entered)
+
+
+@pytest.mark.usefixtures("no_strips")
+def test_long_rows_draw_the_dropout_of_a_plain_trainer() -> None:
+    """PyTorch's in attention too: the batches drawn behind it are the same ones."""
+    ours, plain = both(config(**LONG), TextLoader, 6)
+    np.testing.assert_allclose(ours[0], plain[0], atol=1e-5)
+    assert trained(ours[2])[:6] == trained(plain[2])
+
+
+@pytest.mark.usefixtures("no_strips")
+def test_the_model_of_core_draws_pytorchs_numbers_in_long_rows() -> None:
+    """Loss and gradients, of weights so large that every mask shows in them."""
+    model = char_model(**LONG, bias=True).train()
+    plain = PlainGPT(model.config).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randint(13, (2, 3, LONG["block_size"]))
+
+    def step(trained, loss):
+        torch.manual_seed(5)
+        trained.zero_grad()
+        value = loss()
+        value.backward()
+        grads = {name: p.grad for name, p in trained.named_parameters()}
+        return torch.get_rng_state(), value.detach(), grads
+
+    state, value, grads = step(plain, lambda: plain(x, y))
+    for loss in (lambda: model(x, y)[1], lambda: model.summed_loss(x, y) / y.numel()):
+        found = step(model, loss)
+        assert torch.equal(found[0], state)
+        torch.testing.assert_close(found[1], value, atol=1e-5, rtol=1e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(found[2][name], grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.slow

@@ -146,8 +146,8 @@ def test_attention_on_a_gpu_never_holds_the_matrix_and_on_a_cpu_it_does_beside_d
         for device, dropout in itertools.product(("cpu", "cuda"), (0.0, 0.2)):
             changed = dataclasses.replace(cfg, dropout=dropout, block_size=length)
             lives[device, dropout] = step.peak(Setup(changed, 8, 8, device=device)).live
-        assert lives["cpu", 0.2] - lives["cpu", 0.0] > 0.9 * kept
-        assert lives["cuda", 0.2] - lives["cuda", 0.0] < 38e9 / 50
+        assert lives["cpu", 0.2] - lives["cpu", 0.0] > kept
+        assert lives["cuda", 0.2] - lives["cuda", 0.0] < 0.15 * kept
 
 
 def test_the_chunk_is_the_one_the_head_takes():

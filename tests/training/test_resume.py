@@ -14,6 +14,7 @@ from conftest import SMALL, events, write_dataset
 
 from mypt_fast.checkpoint import bundle
 from mypt_fast.data.loader import TokenLoader
+from mypt_fast.kernels import dropped_attention
 from mypt_fast.training import device as devices
 from mypt_fast.training.journal import Journal
 from mypt_fast.training.store import Store
@@ -150,6 +151,28 @@ def test_mixed_precision_resumes_bit_for_bit_too(train, monkeypatch) -> None:
     assert_same_run("whole", "parts")
     plan = bundle.read_info(Path("checkpoints/parts"))["training_state"]["plan"]
     assert plan["precision"] == ("bf16" if devices.cpu_has_bf16() else "fp32")
+
+
+@pytest.mark.parametrize("policy", ["none", "norms", "block"])
+def test_attention_in_strips_resumes_bit_for_bit_too(train, monkeypatch, policy) -> None:
+    """The dropout of long rows, here of 12: it draws from the generator that a resume restores."""
+    monkeypatch.setattr(dropped_attention, "LEAST_LENGTH", 12)
+    monkeypatch.setattr(dropped_attention, "STRIP", 5)
+    drawn, draw = [0], dropped_attention._keep_
+
+    def counted(*args) -> None:
+        drawn[0] += 1
+        draw(*args)
+
+    monkeypatch.setattr(dropped_attention, "_keep_", counted)
+    assert train("whole", "--recompute", policy) == 0
+    # steps, micro-steps, layers, strips
+    assert drawn == [12 * 4 * 2 * 3 * (2 if policy == "block" else 1)]
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4 * 6 + 3, TokenLoader, "next")
+        assert train("parts", "--recompute", policy) == 130
+    assert train("parts", resume=True) == 0
+    assert_same_run("whole", "parts")
 
 
 def test_a_longer_run_continues_from_a_finished_one(train, capsys) -> None:
