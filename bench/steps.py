@@ -48,7 +48,7 @@ from mypt_fast.accounting import count_parameters
 from mypt_fast.benchmark.timing import median
 from mypt_fast.config import ModelConfig, TrainConfig
 from mypt_fast.model import GPT
-from mypt_fast.planner import search, step, table
+from mypt_fast.planner import options, search, step, table
 from mypt_fast.planner.operators import Setup
 from mypt_fast.training import device as devices
 from mypt_fast.training.memory import card_of
@@ -116,7 +116,7 @@ class Case:
         if self.device == "cuda":
             precision = devices.Precision(DTYPES[self.dtype], False, "cuda")
             card = card_of(torch.device("cuda"), precision, memory - table.CONTEXT_BYTES // 2)
-        best = search.search(self.cfg, self.sequences, card, search.Able())[0]
+        best = search.search(self.cfg, self.sequences, card, options.Options())[0]
         if not best.fits:
             raise ValueError(f"no plan fits {self.cap_gib} GiB")
         return best.setup

@@ -266,6 +266,11 @@ class Block(nn.Module):
         h, x = join(self.ln2, x, self.sa(h, place, layer), p, seeds[1])
         return x, self.fwd(h)
 
+    @property
+    def drops(self) -> bool:
+        """Whether its training draws random numbers."""
+        return self.dropout > 0 or self.sa.dropout > 0
+
     def whole(self, x: Tensor, branch: Tensor | None, place: Place) -> Tensor:
         """The residual stream with every branch in it, (B, T, C)."""
         x, branch = self(x, branch, place)

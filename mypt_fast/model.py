@@ -135,7 +135,7 @@ class GPT(nn.Module):
             (B, T, V) logits; or with `targets` the fp32 sum of the losses, whose logits are
             never made as a whole. Divide it by the global number of valid tokens.
         """
-        if self.training and self.config.dropout:
+        if self.training and self._drops():
             check_memory_budget()
         if segment_ids is not None:
             documents = Segments.from_ids(segment_ids)
@@ -192,12 +192,15 @@ class GPT(nn.Module):
         Drawn here, outside of what is compiled or recomputed: recomputation repeats the masks.
         The plain expressions take torch's own dropout, which is faster there.
         """
-        cfg = self.config
         fused = self.impl in ("triton", "reference") and self.recompute == "none"
         remade = self.recompute in SAVES
-        if not ((fused or remade) and self.training and cfg.dropout):
+        if not ((fused or remade) and self.training and self._drops()):
             return None
-        return torch.randint(2**63 - 1, (2 * cfg.n_layer,), device=device)
+        return torch.randint(2**63 - 1, (2 * self.config.n_layer,), device=device)
+
+    def _drops(self) -> bool:
+        """Whether anything is dropped out in training; a block's probabilities may be set."""
+        return self.config.dropout > 0 or any(block.drops for block in self.blocks)
 
     def hidden(
         self,
@@ -223,7 +226,7 @@ class GPT(nn.Module):
             x = x + torch.empty_like(x).uniform_(-bound, bound)
         # the first branch has no dropout before it: seeds belong to joins 1 .. 2 n_layer
         per_join = [None] * (2 * len(self.blocks) + 1) if seeds is None else [None, *seeds.unbind()]
-        branch, again = None, Again(x.device, self.config.dropout > 0)
+        branch, again = None, Again(x.device)
         run = self.run_block if cache is None else run_block  # each length would be compiled anew
         for layer, block in enumerate(self.blocks):
             if self.training and cache is None and block.recompute in Again.POLICIES:

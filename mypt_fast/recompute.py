@@ -33,13 +33,12 @@ class Again:
 
     Args:
         device: of the residual stream.
-        dropout: whether random numbers have to be repeated.
     """
 
     POLICIES = ("block", "offload")
 
-    def __init__(self, device: torch.device, dropout: bool) -> None:
-        self.device, self.dropout = device, dropout
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.host: Host | None = None
 
     def run(self, whole: Callable[..., Tensor], block: Any, *args: Any) -> Tensor:
@@ -50,8 +49,10 @@ class Again:
         with saved_tensors_hooks(self.host.take, self.host.give):
             return self._checkpointed(whole, block, *args)
 
-    def _checkpointed(self, whole: Callable[..., Tensor], *args: Any) -> Tensor:
-        y: Tensor = checkpoint(whole, *args, use_reentrant=False, preserve_rng_state=self.dropout)
+    def _checkpointed(self, whole: Callable[..., Tensor], block: Any, *args: Any) -> Tensor:
+        y: Tensor = checkpoint(
+            whole, block, *args, use_reentrant=False, preserve_rng_state=block.drops
+        )
         return y
 
 
@@ -79,6 +80,8 @@ class Host:
 
     def __post_init__(self) -> None:
         if self.device.type == "cuda":
+            if self.device.index is None:  # a tensor's own device has one
+                self.device = torch.device("cuda", torch.cuda.current_device())
             self.stream = copies(self.device)
 
     def take(self, t: Tensor) -> Waiting | Tensor:

@@ -132,7 +132,14 @@ _RULES = (
 def allowed(limits: Any) -> str:
     """Describe a range in words: '>= 1 and <= 1024'."""
     rules = [(sign, limits[k]) for k, sign, _ in _RULES if limits.get(k) is not None]
-    return " and ".join(f"{s} {n if isinstance(n, int) else f'{n:g}'}" for s, n in rules)
+    return " and ".join(f"{sign} {_number(n)}" for sign, n in rules)
+
+
+def _number(n: float) -> str:
+    if not isinstance(n, int):
+        return f"{n:g}"
+    is_power = n >= 1 << 20 and n & (n - 1) == 0
+    return f"2^{n.bit_length() - 1}" if is_power else str(n)
 
 
 def not_among(value: str, choices: tuple[str, ...]) -> str:

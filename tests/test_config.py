@@ -180,7 +180,7 @@ def test_a_wrong_type_names_the_path_what_was_expected_and_what_was_found(raw, s
     ("raw", "said"),
     [
         ({"n_layer": 0}, "n_layer is out of range; found 0; use >= 1 and <= 1024"),
-        ({"batch_size": 1 << 21}, "found 2097152; use >= 1 and <= 1048576"),
+        ({"batch_size": 1 << 21}, "found 2097152; use >= 1 and <= 2^20"),
         ({"dropout": 1}, "dropout is out of range; found 1; use >= 0 and < 1"),
         ({"dropout": -0.1}, "found -0.1; use >= 0 and < 1"),
         ({"learning_rate": 0}, "found 0; use > 0 and <= 10"),
@@ -251,7 +251,7 @@ def test_a_validation_set_needs_a_name_and_a_folder(sets):
 
 
 def test_the_range_is_described_as_it_is_tested():
-    assert allowed({"lo": 1, "hi": 1 << 20}) == ">= 1 and <= 1048576"
+    assert allowed({"lo": 1, "hi": 1 << 20}) == ">= 1 and <= 2^20"
     assert allowed({"above": 0.0, "below": 1.0}) == "> 0 and < 1"
     assert allowed({}) == ""
 

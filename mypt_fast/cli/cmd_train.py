@@ -146,7 +146,7 @@ def _prepared(
     from mypt_fast.training.utilisation import find
 
     with console.byte_progress() as progress:
-        opened = open_run(resolved, progress)
+        opened = open_run(resolved, progress, keeps=not dry_run)
     opened.ceilings, measured = find(
         opened.device, opened.precision, resolved.model, tf32=resolved.train.tf32,
         keeps=not dry_run,

@@ -19,6 +19,7 @@ from mypt_fast.config import ModelConfig
 from mypt_fast.core.errors import ContextError, SettingError
 from mypt_fast.kernels import rope_tables
 from mypt_fast.kernels.reference.rope import turn
+from mypt_fast.recompute import Again
 
 RMSNorm = engine.RMSNorm
 SEEDS = (None, None)
@@ -163,10 +164,11 @@ class Block(engine.Block):
     parts = (CausalSelfAttention, FeedForward, SwiGLUFeedForward)
 
     def __init__(
-        self, config: ModelConfig, impl: str | None = None, recompute: str = "none"
+        self, config: ModelConfig, impl: str | None = None, recompute: str | None = None
     ) -> None:
         check_heads(config)
-        super().__init__(config, impl or "auto", recompute)
+        as_configured = "block" if config.use_checkpoint else "none"
+        super().__init__(config, impl or "auto", recompute or as_configured)
         self.config = config
         filled(self, impl is None)
 
@@ -206,6 +208,8 @@ class Block(engine.Block):
         Arguments and errors are those of `CausalSelfAttention.alone`.
         """
         place = place_of(self.config, x, past_kv, use_cache, kv_cache, cache_pos, segment_ids)
+        if self.use_checkpoint and self.training and place.cache is None:
+            return Again(x.device).run(engine.Block.whole, self, x, None, place), None
         x, branch = super().forward(x, None, place, 0, SEEDS)
         return x + self._dropped(branch), present_of(place, use_cache, kv_cache)
 

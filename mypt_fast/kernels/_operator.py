@@ -5,7 +5,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def operator(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
+    tags: Sequence[torch.Tag] = (),
 ) -> Callable[..., Any]:
     """Register `forward` as mypt_fast::<name> and return the function that calls it.
 
@@ -42,6 +43,8 @@ def operator(
         setup_context: (ctx, inputs, output), what the backward needs; None: not differentiable.
         backward: (ctx, *gradients) to the gradients of every argument.
         flops: formula over shapes, as `torch.utils.flop_counter.register_flop_formula` takes it.
+        tags: `torch.Tag.nondeterministic_seeded` where it draws random numbers itself: else
+            torch.compile makes it again in the backward without its generator's state.
     """
     name = forward.__name__.lstrip("_")
 
@@ -53,7 +56,7 @@ def operator(
         with torch.autocast(device, enabled=False):  # an operator picks its dtypes itself
             return forward(*args)
 
-    definition = torch.library.custom_op(f"mypt_fast::{name}", run, mutates_args=())
+    definition = torch.library.custom_op(f"mypt_fast::{name}", run, mutates_args=(), tags=tags)
     definition.register_fake(fake)
     direct: Callable[..., Any] = run
     if backward is not None:

@@ -26,7 +26,8 @@ LEVELS = 1 << 16  # of the numbers that dropout is drawn from
 
 def serves(q: Tensor, dropout_p: float) -> bool:
     """Whether `dropped_attention` is what these queries should take."""
-    return q.device.type == "cpu" and dropout_p > 0 and q.shape[2] >= LEAST_LENGTH
+    is_cpu, drops = q.device.type == "cpu", 0 < threshold(dropout_p) < LEVELS
+    return is_cpu and drops and q.shape[2] >= LEAST_LENGTH
 
 
 def dropped_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
@@ -39,7 +40,7 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tens
         q: (B, H, T, D) on a CPU.
         k: as q.
         v: as q.
-        dropout_p: probability to drop a weight, in (0, 1).
+        dropout_p: probability to drop a weight, from 2^-16 to 1 - 2^-16.
 
     Returns:
         (B, H, T, D) of the dtype of q, a transposed view of (B, T, H, D).
@@ -53,8 +54,10 @@ def dropped_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tens
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)} on {q.device}"
         )
     if not 0 < threshold(dropout_p) < LEVELS:
-        raise ValueError(f"dropped_attention: expected 0 < dropout_p < 1; found {dropout_p}")
-    y: Tensor = _operator(q, k, v, dropout_p)[0]
+        raise ValueError(
+            f"dropped_attention: expected dropout_p of 2^-16 to 1 - 2^-16; found {dropout_p}"
+        )
+    y: Tensor = _operator(q, k, v, dropout_p, STRIP)[0]
     return y
 
 
@@ -63,18 +66,18 @@ def threshold(p: float) -> int:
     return round(p * LEVELS)
 
 
-def _strips(batch: int, T: int) -> Iterator[tuple[int, int, slice]]:
+def _strips(batch: int, T: int, strip: int) -> Iterator[tuple[int, int, slice]]:
     """First and last query of every strip, and where its (batch, rows, keys) lies among N."""
     begin = 0
-    for first in range(0, T, STRIP):
-        last = min(first + STRIP, T)
+    for first in range(0, T, strip):
+        last = min(first + strip, T)
         size = batch * (last - first) * last
         yield first, last, slice(begin, begin + size)
         begin += size
 
 
-def _elements(batch: int, T: int) -> int:
-    return sum(at.stop - at.start for _, _, at in _strips(batch, T))
+def _elements(batch: int, T: int, strip: int) -> int:
+    return sum(at.stop - at.start for _, _, at in _strips(batch, T, strip))
 
 
 def _heads(t: Tensor) -> Tensor:
@@ -90,17 +93,20 @@ def _keep_(keep: Tensor, p: float) -> None:
 
 
 def _dropped_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, strip: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the result, the weights before dropout (N,) and which of them are kept (N,)."""
+    """Return the result, the weights before dropout (N,) and which of them are kept (N,).
+
+    `strip` is an argument, because N depends on it: the caches of torch.compile must tell it apart.
+    """
     B, H, T, D = q.shape
     queries, keys, values = (_heads(t) for t in (q, k, v))
     y = queries.new_empty(B, T, H, D)
-    weights = queries.new_empty(_elements(B * H, T))
+    weights = queries.new_empty(_elements(B * H, T, strip))
     keep = torch.empty(len(weights), dtype=torch.bool)
     scale, grow = 1 / math.sqrt(D), LEVELS / (LEVELS - threshold(dropout_p))
-    above = torch.full((STRIP, STRIP), -torch.inf, dtype=weights.dtype).triu(1)
-    for first, last, at in _strips(B * H, T):
+    above = torch.full((strip, strip), -torch.inf, dtype=weights.dtype).triu(1)
+    for first, last, at in _strips(B * H, T, strip):
         rows, shape = last - first, (B * H, last - first, last)
         scores = torch.bmm(queries[:, first:last], keys[:, :last].transpose(1, 2)).mul_(scale)
         scores[:, :, first:] += above[:rows, :rows]
@@ -113,15 +119,18 @@ def _dropped_attention(
     return y.to(q.dtype).transpose(1, 2), weights, keep
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, strip: int
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, D = q.shape
-    N, wide = _elements(B * H, T), torch.float64 if q.dtype is torch.float64 else torch.float32
+    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
+    N = _elements(B * H, T, strip)
     y = q.new_empty(B, T, H, D).transpose(1, 2)
     return y, q.new_empty(N, dtype=wide), q.new_empty(N, dtype=torch.bool)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *qkv, ctx.dropout_p = inputs
+    *qkv, ctx.dropout_p, ctx.strip = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*qkv, *output)
@@ -130,13 +139,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 @once_differentiable
 def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return None, None, None, None
-    return (*_backward_operator(dy, *ctx.saved_tensors, ctx.dropout_p), None)
+        return None, None, None, None, None
+    gradients = _backward_operator(dy, *ctx.saved_tensors, ctx.dropout_p, ctx.strip)
+    return (*gradients, None, None)
 
 
 def _dropped_attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, weights: Tensor, keep: Tensor,
-    dropout_p: float,
+    dropout_p: float, strip: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """With w the weights and m their dropout: dw = m dy v^T, ds = w (dw - sum(dy y))."""
     B, H, T, D = q.shape
@@ -145,7 +155,7 @@ def _dropped_attention_backward(
     # not empty_like: of one row the heads are views, whose strides the results must not have
     dq, dk, dv = (queries.new_zeros(B * H, T, D) for _ in "qkv")
     scale, grow = 1 / math.sqrt(D), LEVELS / (LEVELS - threshold(dropout_p))
-    for first, last, at in _strips(B * H, T):
+    for first, last, at in _strips(B * H, T, strip):
         shape = (B * H, last - first, last)
         p, kept, g = weights[at].view(shape), keep[at].view(shape), upstream[:, first:last]
         dp = torch.mul(p, kept)
@@ -169,5 +179,6 @@ def _backward_fake(
 
 _backward_operator = operator(_dropped_attention_backward, fake=_backward_fake)
 _operator = operator(
-    _dropped_attention, fake=_fake, setup_context=_setup_context, backward=_gradients
-)
+    _dropped_attention, fake=_fake, setup_context=_setup_context, backward=_gradients,
+    tags=(torch.Tag.nondeterministic_seeded,),
+)  # fmt: skip

@@ -66,36 +66,43 @@ class Shape:
         return f"{card}, torch {torch.__version__}: {dtype}, {shape}"
 
 
-def choose(settings: Settings, shape: Shape, is_plain: bool, notices: list[str]) -> str | None:
+def check_typed(settings: Settings, shape: Shape) -> None:
+    """Raise DeviceError for a kernel that was typed and cannot run."""
+    wanted = settings.train.attention
+    if wanted == "auto" or "attention" not in settings.typed:
+        return
+    if shape.device.type != "cuda":
+        raise DeviceError(
+            f"--attention {wanted} names a kernel of a GPU", "this run is on the CPU", "drop it"
+        )
+    if why := fault(wanted, shape):
+        raise DeviceError(
+            f"--attention {wanted} cannot run", why, "drop it, or use --attention auto"
+        )
+
+
+def choose(
+    settings: Settings, shape: Shape, is_plain: bool, notices: list[str], keeps: bool = True
+) -> str | None:
     """The kernel that a run tries first, a name of `BACKENDS`; None: as torch decides.
 
     As asked for, else the one that the run was saved with (another one adds in another order, and
     the resumed run would not be the same), else the fastest.
 
     Args:
-        settings: of the run.
+        settings: of the run; what was typed passed `check_typed`.
         shape: of its micro-batches.
         is_plain: rows are one piece; documents have lengths and kernels of their own.
         notices: one more where a kernel that is stored in a file cannot run here.
-
-    Raises:
-        DeviceError: for a kernel that was typed and cannot run.
+        keeps: whether what had to be measured is kept.
     """
     wanted, is_typed = settings.train.attention, "attention" in settings.typed
     if shape.device.type != "cuda":
-        if wanted != "auto" and is_typed:
-            raise DeviceError(
-                f"--attention {wanted} names a kernel of a GPU", "this run is on the CPU", "drop it"
-            )
         return None
     if wanted != "auto":
         why = fault(wanted, shape)
         if why is None:
             return wanted
-        if is_typed:
-            raise DeviceError(
-                f"--attention {wanted} cannot run", why, "drop it, or use --attention auto"
-            )
         notices.append(f"attention {wanted} cannot run here ({why}): another is chosen")
     plan = settings.saved_state.get("plan")
     plan = plan if isinstance(plan, dict) and not is_typed else {}
@@ -107,16 +114,21 @@ def choose(settings: Settings, shape: Shape, is_plain: bool, notices: list[str])
         if why is None:
             return saved
         notices.append(f"attention {saved} of the saved run cannot run here ({why})")
-    return fastest(shape) if is_plain else None
+    return fastest(shape, keeps=keeps, anew=is_typed) if is_plain else None
 
 
-def fastest(shape: Shape) -> str | None:
+def fastest(shape: Shape, *, keeps: bool = True, anew: bool = False) -> str | None:
     """The fastest fused kernel that is right, kept or measured; `math` where none is.
 
     None where memory did not suffice to measure any.
+
+    Args:
+        shape: of a micro-batch.
+        keeps: whether what had to be measured is kept.
+        anew: measure, whatever is kept.
     """
     kept = _read()
-    entry = kept.get(shape.key())
+    entry = {} if anew else kept.get(shape.key())
     name = entry.get("attention") if isinstance(entry, dict) else None
     if name in FUSED and fault(name, shape) is None:
         return str(name)
@@ -132,9 +144,10 @@ def fastest(shape: Shape) -> str | None:
         "ms": {each: round(1e3 * t, 4) for each, t in seconds.items()},
         "measured": time.strftime("%Y-%m-%d"),
     }
-    with contextlib.suppress(OSError):  # then it is measured again
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
-        publish.write_json(cache_file(), kept)
+    if keeps:
+        with contextlib.suppress(OSError):  # then it is measured again
+            cache_file().parent.mkdir(parents=True, exist_ok=True)
+            publish.write_json(cache_file(), kept)
     return name
 
 

@@ -22,7 +22,7 @@ from mypt_fast.training import device as devices
 
 MEMORY_SHARE = 0.9  # of what is free: others use the machine
 # Of the tensors of a step on a CPU: what its allocator loses, and its libraries' own work, on top.
-CPU_OVERHEAD, CPU_LIBRARIES = 1.1, 256 << 20
+CPU_OVERHEAD, CPU_LIBRARIES = 1.2, 256 << 20
 
 
 @dataclass

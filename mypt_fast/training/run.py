@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,9 +54,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the data files."""
-        loaders = [*self.eval_sets.values(), *(x for p in self.phases for x in (p.train, p.val))]
-        for loader in loaders:
-            loader.close()
+        _close(self.phases, self.eval_sets)
 
     def phase_at(self, step: int) -> Phase:
         """The phase that supplies the data of `step`."""
@@ -89,65 +87,78 @@ def layout_notice(settings: Settings) -> str | None:
     return f"state layout changes from {was} to {now}: weights as they were{rounded}"
 
 
-def open_run(settings: Settings, progress: Callable[..., Any] | None = None) -> Run:
-    """Open device, tokenizer and data, and choose the micro-batch.
+def open_run(
+    settings: Settings, progress: Callable[..., Any] | None = None, keeps: bool = True
+) -> Run:
+    """Open device, tokenizer and data, and choose how the run lies in memory.
 
     `settings` is completed on the way: vocabulary from the tokenizer, device, dataset.
+
+    Args:
+        settings: of the run.
+        progress: shows how far a dataset that has to be prepared is.
+        keeps: whether what is measured on the device is kept.
 
     Raises:
         DeviceError, DataError, ConfigError: one line each, before any weight is made.
     """
-    cfg, typed = settings.model, settings.typed
+    cfg = settings.model
+    notices: list[str] = []
+    device, precision = _device(settings, notices)
+    shape = attention_choice.Shape(
+        device, precision.dtype, 1, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head,
+        cfg.dropout,
+    )  # fmt: skip
+    attention_choice.check_typed(settings, shape)
+    opener = DataOpener(settings, notices, progress, device)
+    tokenizer, phases, train_tokens, val_tokens = opener.open()
+    eval_sets: dict[str, Source] = {}
+    try:
+        eval_sets.update(opener.eval_sets(tokenizer))
+        prompts = {}
+        if settings.train.eval_prompts_file:
+            prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
+        notices += gate_notice(settings)
+        # the vocabulary is known by now
+        free = devices.free_bytes(device)
+        plan = choose_plan(settings, device, precision, free, notices)
+        settings.train.state = plan.state
+        notices += [n for n in (layout_notice(settings),) if n]
+        is_plain = all(isinstance(p.train, TokenLoader) for p in phases)
+        attention = attention_choice.choose(
+            settings, replace(shape, rows=plan.micro_batch), is_plain, notices, keeps
+        )
+    except BaseException:
+        _close(phases, eval_sets)
+        raise
+    return Run(
+        settings, device, precision, tokenizer, phases, eval_sets, plan, opener.loader_note,
+        train_tokens, val_tokens, free, notices, prompts,
+        how_to_continue=f"continue with `mypt-fast train --model_name {settings.model_name}`",
+        attention=attention,
+    )  # fmt: skip
+
+
+def _device(settings: Settings, notices: list[str]) -> tuple[torch.device, devices.Precision]:
+    """Where the run computes, and in what; raises DeviceError or ConfigError."""
+    cfg, train, typed = settings.model, settings.train, settings.typed
     device, note = devices.pick(cfg.device, explicit="device" in typed)
     cfg.device = str(device) if device.index else device.type
     plan = settings.saved_state.get("plan")
     was_mixed = isinstance(plan, dict) and plan.get("precision") in ("bf16", "fp16")
     precision, amp_note = devices.precision(
-        device,
-        settings.train.use_amp,
-        settings.train.amp_dtype,
-        explicit="amp_dtype" in typed or was_mixed,
+        device, train.use_amp, train.amp_dtype, explicit="amp_dtype" in typed or was_mixed
     )
-    if settings.train.state == "auto":
-        settings.train.state = saved_plan(settings, device).get("state", "auto")
-    settings.train.state, precision, state_note = devices.for_state(
-        settings.train.state, precision, settings.train.use_amp
-    )
-    devices.check_kernels(settings.train.kernels, device, precision)
-    notices = [n for n in (note, amp_note, state_note) if n]
-    if "tf32" in typed and settings.train.tf32 and not devices.has_tf32(device):
+    if train.state == "auto":
+        train.state = saved_plan(settings, device).get("state", "auto")
+    train.state, precision, state_note = devices.for_state(train.state, precision, train.use_amp)
+    devices.check_kernels(train.kernels, device, precision)
+    notices += [n for n in (note, amp_note, state_note) if n]
+    if "tf32" in typed and train.tf32 and not devices.has_tf32(device):
         notices.append(f"no TF32 on {devices.describe(device)}: fp32 matmuls stay fp32")
-    opener = DataOpener(settings, notices, progress, device)
-    tokenizer, phases, train_tokens, val_tokens = opener.open()
-    eval_sets: dict[str, Source] = {**opener.eval_sets(tokenizer)}
-    prompts = {}
-    if settings.train.eval_prompts_file:
-        prompts = read_prompts(settings.train.eval_prompts_file, tokenizer)
-    notices += gate_notice(settings)
-    # the vocabulary is known by now
-    free = devices.free_bytes(device)
-    memory = choose_plan(settings, device, precision, free, notices)
-    settings.train.state = memory.state
-    notices += [n for n in (layout_notice(settings),) if n]
-    shape = attention_choice.Shape(
-        device, precision.dtype, memory.micro_batch, cfg.n_head, cfg.block_size,
-        cfg.n_embd // cfg.n_head, cfg.dropout,
-    )  # fmt: skip
-    is_plain = all(isinstance(p.train, TokenLoader) for p in phases)
-    return Run(
-        settings=settings,
-        device=device,
-        precision=precision,
-        tokenizer=tokenizer,
-        phases=phases,
-        eval_sets=eval_sets,
-        plan=memory,
-        loader_note=opener.loader_note,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
-        free_bytes=free,
-        notices=notices,
-        prompts=prompts,
-        how_to_continue=f"continue with `mypt-fast train --model_name {settings.model_name}`",
-        attention=attention_choice.choose(settings, shape, is_plain, notices),
-    )
+    return device, precision
+
+
+def _close(phases: list[Phase], eval_sets: dict[str, Source]) -> None:
+    for loader in (*eval_sets.values(), *(x for p in phases for x in (p.train, p.val))):
+        loader.close()

@@ -126,7 +126,7 @@ def test_on_a_gpu_it_trains_as_it_would_be_planned(monkeypatch) -> None:
     monkeypatch.setattr(quick.devices, "describe", lambda device: "NVIDIA GeForce RTX 5060 Ti")
     name, _, plan = quick.choose(gpu, bf16, False)
     assert (name, plan.state, plan.recompute, plan.residual) == (
-        "750M_1024", "exact16", "mlp", "bf16",
+        "750M_1024", "exact16", "norms", "bf16",
     )  # fmt: skip
 
 

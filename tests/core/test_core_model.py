@@ -316,6 +316,31 @@ def test_modules_alone_are_those_of_the_model():
     torch.testing.assert_close(model.lm_head(model.ln_f(h)), packed)
 
 
+def test_a_block_alone_runs_again_where_its_config_or_a_script_says_so(monkeypatch):
+    runs, forward = [], CausalSelfAttention.forward
+    monkeypatch.setattr(
+        CausalSelfAttention, "forward", lambda *args: runs.append(1) or forward(*args)
+    )
+    x, found = torch.randn(2, 8, 12), []
+    for on in (True, False):
+        torch.manual_seed(0)
+        block = Block(GPTConfig(**{**SIZES, "dropout": 0.3}, use_checkpoint=on))
+        assert block.use_checkpoint is on
+        block.use_checkpoint = not on
+        block.sa.dropout_p = 0.2
+        runs.clear()
+        y, present = block(x)
+        y.square().sum().backward()
+        assert present is None
+        assert len(runs) == (1 if on else 2)
+        found.append([p.grad for p in block.parameters()])
+        block.eval()
+        block(x)
+        assert len(runs) == (2 if on else 3)
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again)
+
+
 def test_a_cache_given_to_attention_without_use_cache():
     attention = CausalSelfAttention(GPTConfig(**SIZES))
     cache = (torch.zeros(1, 2, 8, 6), torch.zeros(1, 2, 8, 6))

@@ -25,9 +25,9 @@ def truth(q, k, v, p):
     """In fp64, by whole squares, with the mask that the operator draws."""
     B, H, T, D = q.shape
     torch.manual_seed(1)
-    keep = da._dropped_attention(q.detach(), k.detach(), v.detach(), p)[2]
+    keep = da._dropped_attention(q.detach(), k.detach(), v.detach(), p, da.STRIP)[2]
     mask = torch.zeros(B * H, T, T, dtype=torch.float64)
-    for first, last, at in da._strips(B * H, T):
+    for first, last, at in da._strips(B * H, T, da.STRIP):
         mask[:, first:last, :last] = keep[at].view(B * H, last - first, last).double()
     scores = q @ k.transpose(-1, -2) / math.sqrt(D)
     weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
@@ -94,11 +94,11 @@ def test_the_operators_are_registered_and_their_fakes_are_right(shape, dtype):
     """Strides too, which a compiled backward relies on; of one row the heads are a view."""
     *qkv, dy = tensors(shape, dtype)
     torch.library.opcheck(
-        torch.ops.mypt_fast.dropped_attention, (*qkv, 0.2),
+        torch.ops.mypt_fast.dropped_attention, (*qkv, 0.2, da.STRIP),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
     given = [t.detach() for t in qkv]
-    kept = (dy, *given, *da._dropped_attention(*given, 0.2), 0.2)
+    kept = (dy, *given, *da._dropped_attention(*given, 0.2, da.STRIP), 0.2, da.STRIP)
     operator = torch.ops.mypt_fast.dropped_attention_backward
     torch.library.opcheck(operator, kept, test_utils=("test_schema", "test_faketensor"))
     packed = torch.empty(shape[0], shape[2], 3, *shape[1::2], dtype=dtype)
@@ -109,9 +109,30 @@ def test_the_operators_are_registered_and_their_fakes_are_right(shape, dtype):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"p": 0.0}, "0 < dropout_p < 1"), ({"p": 1.0}, "0 < dropout_p < 1"), ({"rows": 5}, "found")],
+    [
+        ({"p": 0.0}, "found 0.0"),
+        ({"p": 1e-6}, "found 1e-06"),
+        ({"p": 1.0}, "found 1.0"),
+        ({"rows": 5}, "found"),
+    ],
 )
 def test_what_it_does_not_serve_is_refused(change, words):
     q, k, v, _ = tensors((1, 2, 40, 8), torch.float32)
     with pytest.raises(ValueError, match=words):
         da.dropped_attention(q, k[:, :, : change.get("rows", 40)], v, change.get("p", 0.2))
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 2**-17, 2**-16, 0.5, 1 - 2**-16, 1 - 1e-6])
+def test_every_dropout_of_a_config_is_served_by_one_or_the_other(p):
+    q = torch.randn(1, 1, da.LEAST_LENGTH, 8)
+    if da.serves(q, p):
+        assert da.dropped_attention(q, q, q, p).isfinite().all()
+    else:
+        assert not 2**-16 <= p <= 1 - 2**-16
+
+
+def test_as_many_queries_a_strip_as_it_is_told():
+    """An argument of the operator: what torch.compile keeps on disk is told apart by it."""
+    qkv = [t.detach() for t in tensors((1, 2, 40, 8), torch.float32)[:3]]
+    for strip, elements in ((40, 2 * 40 * 40), (16, 2 * (16 * 16 + 16 * 32 + 8 * 40))):
+        assert len(da._dropped_attention(*qkv, 0.2, strip)[1]) == elements

@@ -21,6 +21,7 @@ from mypt_fast.errors import DeviceError
 from mypt_fast.settings import Settings
 from mypt_fast.training import attention_choice as choice
 from mypt_fast.training import device as devices
+from mypt_fast.training.sources import DataOpener
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SHAPE = choice.Shape(CPU, torch.float32, 2, 2, 32, 16, 0.0)
@@ -144,6 +145,22 @@ def test_a_resumed_run_keeps_its_kernel(card) -> None:
     assert choice.choose(settings("auto", True, saved="efficient"), ON_GPU, True, []) == "flash"
 
 
+def test_auto_typed_measures_anew_and_a_dry_run_keeps_nothing(card, cache) -> None:
+    measured = card(flash=1.0, efficient=2.0)
+    assert choice.choose(settings(), ON_GPU, True, [], keeps=False) == "flash"
+    assert measured == ["flash", "efficient"]
+    assert not cache.exists()
+    assert choice.choose(settings(), ON_GPU, True, []) == "flash"
+    before = cache.read_text()
+    measured = card(flash=2.0, efficient=1.0)  # the card was busy
+    assert choice.choose(settings(), ON_GPU, True, []) == "flash"
+    assert measured == []
+    assert choice.choose(settings("auto", True), ON_GPU, True, [], keeps=False) == "efficient"
+    assert cache.read_text() == before
+    assert choice.choose(settings("auto", True), ON_GPU, True, []) == "efficient"
+    assert choice.choose(settings(), ON_GPU, True, []) == "efficient"
+
+
 def test_on_another_card_it_takes_another_and_says_so(card) -> None:
     notices: list[str] = []
     card(efficient=2.0)
@@ -161,8 +178,10 @@ def test_what_was_typed_is_taken_or_refused(card) -> None:
     card(flash=1.0, efficient=2.0)
     assert choice.choose(settings("efficient", True), ON_GPU, True, []) == "efficient"
     assert choice.choose(settings("math", True), ON_GPU, True, []) == "math"
+    choice.check_typed(settings("efficient", True), ON_GPU)
+    choice.check_typed(settings("cudnn"), ON_GPU)  # of a file
     with pytest.raises(DeviceError) as refused:
-        choice.choose(settings("cudnn", True), ON_GPU, True, [])
+        choice.check_typed(settings("cudnn", True), ON_GPU)
     assert str(refused.value) == (
         f"--attention cudnn cannot run; {REASON}; drop it, or use --attention auto"
     )
@@ -177,8 +196,10 @@ def test_what_only_a_file_asks_for_is_advice(card) -> None:
     assert len(notices) == 1
 
 
-def test_a_cpu_has_no_choice(train, capsys) -> None:
-    assert train("a", "--max_iters", "1", "--attention", "flash") == 2
+def test_a_cpu_has_no_choice(train, capsys, monkeypatch) -> None:
+    with monkeypatch.context() as patch:  # it is refused before any data is opened
+        patch.setattr(DataOpener, "open", lambda self: pytest.fail("data was opened"))
+        assert train("a", "--max_iters", "1", "--attention", "flash") == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: --attention flash names a kernel of a GPU; this run is on the CPU; drop it"
     )
@@ -191,7 +212,7 @@ def test_the_chosen_kernel_is_saved_with_the_run(train, monkeypatch) -> None:
     """And reaches the next start of the run."""
     seen = []
 
-    def chosen(run_settings, *_):
+    def chosen(run_settings, *_, **__):
         seen.append((run_settings.saved_state.get("plan") or {}).get("attention"))
         return "flash"
 
