@@ -18,7 +18,8 @@ KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]:
 Of ours, POLICY and STATE are those of `train --recompute` and `--state`, none and exact where they
 are not named; the policy "plan" is what the planner chooses under the cap. All start from the same
 weights and see the same batches, AdamW, clipping and autocast, and are compiled unless their name
-ends in -eager: ours as the trainer does, or whole where the name says so, the others whole.
+ends in -eager: ours as the trainer does, or whole where the name says so, the others whole. On a
+CPU ours keep freed memory, as the trainer does; the others have what PyTorch does by itself.
 
 What fits is found on a GPU without compiling, since compiling takes minutes: the first compiled one
 is two sizes above it, as a compiled model may need less. One that fits only because the allocator
@@ -169,6 +170,8 @@ class Stepper:
 
     def __init__(self, variant: Variant, case: Case, rows: int) -> None:
         torch.manual_seed(0)
+        if variant.ours and case.device == "cpu":
+            devices.keep_freed_memory()
         setup = case.setup(variant, rows)
         self.case, self.cfg, self.device, self.setup = case, case.cfg, case.device, setup
         self.dtype, self.steps, self.rows = DTYPES[case.dtype], 0, setup.rows

@@ -1,4 +1,4 @@
-"""What torch itself is told for a run on a GPU, and untold at its end.
+"""What torch is told for a run on a GPU, and untold at its end; and the C library, for a CPU.
 
 A caller's own process keeps its settings: the command line enters `applied`, `fit` does not.
 """
@@ -12,12 +12,18 @@ from collections.abc import Iterator
 import torch
 
 from mypt_fast.training import attention_choice
+from mypt_fast.training import device as devices
 from mypt_fast.training.run import Run
 
 
 @contextlib.contextmanager
 def applied(run: Run) -> Iterator[None]:
-    """Set the switches of torch as the run decided, and back afterwards. A CPU's stay."""
+    """Set the switches of torch as the run decided, and back afterwards.
+
+    On a CPU they stay, and memory that is freed is kept (`devices.keep_freed_memory`), for good.
+    """
+    if run.device.type == "cpu":
+        devices.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         if run.device.type == "cuda":
             stack.enter_context(fp32_matmuls(run.settings.train.tf32))

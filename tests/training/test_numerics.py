@@ -1,5 +1,9 @@
 """What torch is told for a run on a GPU, and that it forgets it."""
 
+import os
+import platform
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -59,9 +63,41 @@ def test_it_ends_with_an_error_too(before) -> None:
     assert switches() == before
 
 
-def test_a_cpu_is_left_alone(before) -> None:
+def test_on_a_cpu_torch_is_left_alone_and_memory_kept(before, monkeypatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: kept.append(True))
     with applied(run_of("cpu", True)):
         assert switches() == before
+    assert kept == [True]
+    with applied(run_of("cuda")):
+        assert kept == [True]
+
+
+FAULTS = """
+import resource, torch
+from mypt_fast.training import device
+kept = device.keep_freed_memory()
+for _ in range(8):  # the heap grows until all have their place
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(5 << 20) for _ in range(4)]  # 20 MiB each
+    del blocks
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own ways")
+@pytest.mark.parametrize("own", [None, "GLIBC_TUNABLES", "MALLOC_ARENA_MAX"])
+def test_freed_memory_is_taken_again_unless_the_environment_decides(own) -> None:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUN"))}
+    settings = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2", "MALLOC_ARENA_MAX": "2"}
+    env = {**plain, own: settings[own]} if own else plain
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    assert kept == str(own is None)
+    if own is None:  # of 20,480 small pages, or 40 huge ones
+        assert int(faults) < 20
 
 
 def test_torch_does_not_recommend_what_is_decided(recwarn) -> None:
