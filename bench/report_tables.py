@@ -16,6 +16,7 @@ SPREAD = (0.2, 0.8)
 NAMES = {
     "plain-eager": "nanoGPT-style, eager", "plain": "nanoGPT-style, compiled",
     "mypt-eager": "MyPT-style, eager", "mypt": "MyPT-style, eager",
+    "mypt-eager~kept": "MyPT-style, eager, keeping freed memory as ours",
     "hf": "transformers, compiled", "hf-eager": "transformers, eager", "auto": "ours, compiled",
     "auto-eager": "ours, eager",
 }  # fmt: skip

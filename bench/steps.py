@@ -6,7 +6,7 @@ It builds, compiles and warms up, says so in one line of JSON, and then answers 
 reads: a number with the seconds of that many steps, `loss` with the loss on a batch never trained
 on (dropout off), after which it takes no more steps. A step of --sequences is taken in the largest
 micro-batches that fit, or in those of ROWS where the name of the variant says so. A variant is
-KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]:
+KIND[/POLICY[+STATE]][@ROWS][-eager|-whole][~kept]:
 
 | KIND | what |
 |---|---|
@@ -19,7 +19,8 @@ Of ours, POLICY and STATE are those of `train --recompute` and `--state`, none a
 are not named; the policy "plan" is what the planner chooses under the cap. All start from the same
 weights and see the same batches, AdamW, clipping and autocast, and are compiled unless their name
 ends in -eager: ours as the trainer does, or whole where the name says so, the others whole. On a
-CPU ours keep freed memory, as the trainer does; the others have what PyTorch does by itself.
+CPU ours keep freed memory, as the trainer does; the others give it back, as PyTorch does by itself,
+unless their name ends in ~kept.
 
 What fits is found on a GPU without compiling, since compiling takes minutes: the first compiled one
 is two sizes above it, as a compiled model may need less. One that fits only because the allocator
@@ -59,6 +60,7 @@ WARM_UP = 3
 SIZES_ABOVE = 2  # what fits eagerly is where a compiled model's search begins
 UNSEEN = 1 << 40  # the number of the batch that no step trains on
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+REFERENCES = ("plain", "mypt", "hf")
 LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -72,27 +74,32 @@ class Variant:
     compiled: bool
     whole: bool  # one graph of all layers
     rows: int | None  # of a micro-batch; None: the largest that fits
+    keeps: bool  # freed memory, on a CPU
 
     @classmethod
     def named(cls, name: str) -> "Variant":
-        """Parse KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]."""
-        rest, _, way = name.partition("-")
+        """Parse KIND[/POLICY[+STATE]][@ROWS][-eager|-whole][~kept]."""
+        rest, tilde, memory = name.partition("~")
+        rest, _, way = rest.partition("-")
         rest, at, rows = rest.partition("@")
         kind, _, how = rest.partition("/")
         policy, _, state = how.partition("+")
         policy, state = policy or "none", state or "exact"
         known = policy in (*table.POLICIES, "plan") and state in table.SEARCHED_LAYOUTS
         counted = rows.isdecimal() and int(rows) > 0 if at else True
-        if way not in ("", "eager", "whole") or not known or not counted:
-            form = "KIND[/POLICY[+STATE]][@ROWS][-eager|-whole]"
+        known = known and way in ("", "eager", "whole") and memory == ("kept" if tilde else "")
+        if not known or not counted:
+            form = "KIND[/POLICY[+STATE]][@ROWS][-eager|-whole][~kept]"
             raise ValueError(f"variant {name}: expected {form}")
-        compiled = way != "eager" and kind != "mypt"
-        return cls(kind, policy, state, compiled, way == "whole", int(rows) if at else None)
+        return cls(
+            kind, policy, state, way != "eager" and kind != "mypt", way == "whole",
+            int(rows) if at else None, bool(tilde) or kind not in REFERENCES,
+        )  # fmt: skip
 
     @property
     def ours(self) -> bool:
         """Whether it is this engine."""
-        return self.kind not in ("plain", "mypt", "hf")
+        return self.kind not in REFERENCES
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ class Stepper:
 
     def __init__(self, variant: Variant, case: Case, rows: int) -> None:
         torch.manual_seed(0)
-        if variant.ours and case.device == "cpu":
+        if variant.keeps and case.device == "cpu":
             devices.keep_freed_memory()
         setup = case.setup(variant, rows)
         self.case, self.cfg, self.device, self.setup = case, case.cfg, case.device, setup
