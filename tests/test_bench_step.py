@@ -99,15 +99,16 @@ def test_batches_are_the_same_for_all_and_another_each_step(bench) -> None:
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("auto", ("auto", "none", "exact", True, False, None)),
-        ("auto-eager", ("auto", "none", "exact", False, False, None)),
-        ("auto-whole", ("auto", "none", "exact", True, True, None)),
-        ("mypt", ("mypt", "none", "exact", False, False, None)),
-        ("triton/mlp", ("triton", "mlp", "exact", True, False, None)),
-        ("reference/norms+fast-eager", ("reference", "norms", "fast", False, False, None)),
-        ("auto/norms+fast@6", ("auto", "norms", "fast", True, False, 6)),
-        ("plain@2-eager", ("plain", "none", "exact", False, False, 2)),
-        ("auto/plan", ("auto", "plan", "exact", True, False, None)),
+        ("auto", ("auto", "none", "exact", True, False, None, True)),
+        ("auto-eager", ("auto", "none", "exact", False, False, None, True)),
+        ("auto-whole", ("auto", "none", "exact", True, True, None, True)),
+        ("mypt", ("mypt", "none", "exact", False, False, None, False)),
+        ("triton/mlp", ("triton", "mlp", "exact", True, False, None, True)),
+        ("reference/norms+fast-eager", ("reference", "norms", "fast", False, False, None, True)),
+        ("auto/norms+fast@6", ("auto", "norms", "fast", True, False, 6, True)),
+        ("plain@2-eager", ("plain", "none", "exact", False, False, 2, False)),
+        ("mypt-eager~kept", ("mypt", "none", "exact", False, False, None, True)),
+        ("auto/plan", ("auto", "plan", "exact", True, False, None, True)),
     ],
 )  # fmt: skip
 def test_names_of_variants(bench, name, found) -> None:
@@ -115,7 +116,17 @@ def test_names_of_variants(bench, name, found) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain-quick", "auto/gate_up", "auto/norms+fp8", "auto@", "auto@0", "auto@many"]
+    "name",
+    [
+        "plain-quick",
+        "auto/gate_up",
+        "auto/norms+fp8",
+        "auto@",
+        "auto@0",
+        "auto@many",
+        "plain~",
+        "plain~thp",
+    ],
 )
 def test_a_variant_that_means_nothing_is_refused(bench, name) -> None:
     with pytest.raises(ValueError, match="expected KIND"):
