@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_bars import GPU_BARS
-from report_pairs import or_pairs
-from report_tables import NAMES, TABLES, Row, number, plain, table
+from report_tables import NAMES, TABLES, Row, number, plain, sequences, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -96,12 +95,11 @@ def page(results: dict[str, dict[str, Row]]) -> str:
     return "\n".join([*lines, *missing(results)]).rstrip("\n") + "\n"
 
 
-@or_pairs
 def readme_step(rows: list[Row]) -> list[str]:
     """Our compiled step: ratios and speed."""
     found = []
     for row in (r for r in rows if r["variant"] == "auto" and r.get("times")):
-        case = f"`{row['preset']}`, {row['dtype']}, {row['sequences']} sequences"
+        case = f"`{row['preset']}`, {row['dtype']}, {sequences(row)}"
         times = row["times"]
         cells = [
             f"{times[k]['median']:.2f}x" if k in times else "" for k in ("plain", "mypt-eager")

@@ -7,8 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from report_pairs import or_pairs
-
 from mypt_fast.benchmark.timing import median, quantile
 
 Row = dict[str, Any]
@@ -66,12 +64,17 @@ def peak(row: Row) -> str:
     return text
 
 
-@or_pairs
+def sequences(row: Row) -> str:
+    """Of a step, in words."""
+    n = row["sequences"]
+    return f"{n} sequence{'' if n == 1 else 's'}"
+
+
 def step(rows: list[Row]) -> list[str]:
     """Training steps of processes in turn."""
     found = []
     for row in rows:
-        case = f"{row['preset']}, {row['dtype']}, {row['sequences']} sequences"
+        case = f"{row['preset']}, {row['dtype']}, {sequences(row)}"
         if "tokens_per_s" not in row:
             found.append([case, who(row), reason(row), "", "", "", ""])
             continue
@@ -233,7 +236,7 @@ def core(rows: list[Row]) -> list[str]:
     """A step of `fit` beside one of the trainer."""
     found = [
         [
-            f"{r['preset']}, {r['dtype']}", f"{r['ratio_median']:.3f}x",
+            f"{r['preset']}, {r['dtype']}, dropout {r['dropout']:g}", f"{r['ratio_median']:.3f}x",
             f"{min(r['ratios']):.3f} to {max(r['ratios']):.3f}",
         ]
         for r in rows
