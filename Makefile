@@ -62,7 +62,8 @@ sanitize-run:
 	  --build-lib build/$(LIBRARY) --build-temp build/$(LIBRARY).o
 	LD_PRELOAD="$$(g++ -print-file-name=$(LIBRARY)) $$(g++ -print-file-name=libstdc++.so)" \
 	  PYTHONPATH=build/$(LIBRARY):$(CURDIR) OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=exitcode=66 \
+	  UBSAN_OPTIONS=print_stacktrace=1 \
+	  TSAN_OPTIONS=exitcode=66:suppressions=$(CURDIR)/tests/thread_sanitizer.supp \
 	  $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
 
 test-gpu: $(READY)  ## the same kernel tests, compiled, on a GPU
