@@ -217,8 +217,8 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what is freed, for the next step to take; whether it does.
 
     By default glibc gives large blocks back to the system, which hands out cleared pages for those
-    of the next step: 6 % of a step of 150M_1024 (docs/decisions.md). Nothing is done where the
-    environment sets the allocator, or where there is no glibc. It lasts as long as the process.
+    of the next step (docs/decisions.md). Nothing is done where the environment sets the allocator,
+    or where there is no glibc. It lasts as long as the process.
     """
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return False
